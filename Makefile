@@ -1,0 +1,121 @@
+# Everything Penstock needs, from a bare Debian 12 machine to a measured dataplane.
+# `make help` lists the targets. V=1 shows every command.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+ifndef V
+.SILENT:
+endif
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+BUILD  := build
+export PENSTOCK_CACHE_DIR ?= $(CURDIR)/$(BUILD)/cache
+export PYTHONPATH := $(CURDIR)
+
+# Debian packages, by what needs them.
+PACKAGES_RUN   := clang llvm gcc libc6-dev libbpf-dev libelf-dev zlib1g-dev linux-libc-dev \
+                  python3 python3-venv python3-dev iproute2 ethtool iputils-ping curl iperf3 procps ca-certificates
+PACKAGES_TEST  := podman containerd runc containernetworking-plugins busybox-static tcpdump nftables \
+                  iputils-arping ndisc6 util-linux git shellcheck
+PACKAGES_BENCH := dpdk-dev librte-net-af-xdp23 librte-net-af-packet23 xdp-tools
+
+CLANG      ?= clang
+CC         ?= gcc
+BPF_CFLAGS := -target bpf -mcpu=v3 -O2 -g -Wall -Werror -Ixdp -I/usr/include/$(shell uname -m)-linux-gnu
+BPF_OBJECTS := $(patsubst xdp/bpf/%.bpf.c,$(BUILD)/bpf/%.bpf.o,$(wildcard xdp/bpf/*.bpf.c))
+PROGRAMS   := $(BUILD)/bin/penstock-cni $(BUILD)/bin/penstock-rr
+
+# apt once per set of packages: the stamp's name carries the set.
+stamp = $(BUILD)/.apt-$(shell echo $(1) | md5sum | cut -c1-12)
+STAMP_RUN   := $(call stamp,$(PACKAGES_RUN))
+STAMP_TEST  := $(call stamp,$(PACKAGES_TEST))
+STAMP_BENCH := $(call stamp,$(PACKAGES_BENCH))
+
+.PHONY: help setup build warm run test test-again lint format fuzz bench engine clean distclean
+
+help: ## List the targets
+	awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP_RUN) $(BUILD)/.venv ## Install Debian packages, make the virtual environment
+
+build: setup $(BPF_OBJECTS) $(PROGRAMS) ## Compile the BPF programs and the small C programs
+
+warm: build ## Compile the numba kernels into the cache (with progress)
+	$(BIN)/python -m dataplane.engine.warm
+
+run: warm ## Two nodes, four pods: ping, curl, iperf3, then a live view (ONCE=1 exits)
+	$(BIN)/python -m bench.demo $(if $(ONCE),--once)
+
+test: $(STAMP_TEST) warm ## The whole suite (root tests run in fresh network namespaces)
+	$(BIN)/python -m pytest tests $(PYTEST)
+
+test-again: $(STAMP_TEST) warm ## Only the tests that failed last time
+	$(BIN)/python -m pytest tests --last-failed --last-failed-no-failures none $(PYTEST)
+
+lint: build $(STAMP_TEST) ## Formatter, linter, types, import directions, shell
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	shellcheck .ci/run
+
+format: build ## Format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+fuzz: warm ## Ten million random and mutated frames through parser and encapsulation
+	$(BIN)/python -m tests.fuzz.fuzz_frames --frames 10000000
+
+bench: warm $(STAMP_BENCH) ## End to end beside its peers, interleaved (RUNS=5)
+	$(BIN)/python -m bench.run --runs $(or $(RUNS),5)
+
+engine: warm ## The engine alone, from memory: ns per packet and stage
+	$(BIN)/python -m bench.engine
+
+clean: ## Remove what was built, keep the virtual environment
+	rm -rf $(BUILD)/bpf $(BUILD)/bin $(BUILD)/cache
+
+distclean: ## Remove everything that was built or installed here
+	rm -rf $(BUILD) $(VENV)
+
+$(BUILD)/.apt-%:
+	mkdir -p $(BUILD)
+	case $* in
+	  $(patsubst $(BUILD)/.apt-%,%,$(STAMP_RUN)))   set -- $(PACKAGES_RUN) ;;
+	  $(patsubst $(BUILD)/.apt-%,%,$(STAMP_TEST)))  set -- $(PACKAGES_TEST) ;;
+	  $(patsubst $(BUILD)/.apt-%,%,$(STAMP_BENCH))) set -- $(PACKAGES_BENCH) ;;
+	esac
+	missing=()
+	for package in "$$@"; do
+	  dpkg-query -W -f '$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$$package")
+	done
+	if [ "$${#missing[@]}" -gt 0 ]; then
+	  echo "installing Debian packages: $${missing[*]}"
+	  export DEBIAN_FRONTEND=noninteractive
+	  apt-get update -q >$(BUILD)/apt.log 2>&1 || { tail -n 20 $(BUILD)/apt.log; exit 1; }
+	  apt-get install -q -y --no-install-recommends "$${missing[@]}" >>$(BUILD)/apt.log 2>&1 \
+	    || { tail -n 20 $(BUILD)/apt.log; exit 1; }
+	fi
+	touch $@
+
+$(BUILD)/.venv: pyproject.toml requirements.lock | $(STAMP_RUN)
+	echo "making the virtual environment"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.lock
+	touch $@
+
+$(BUILD)/bpf/%.bpf.o: xdp/bpf/%.bpf.c xdp/abi.h $(wildcard xdp/bpf/*.h) | $(STAMP_RUN)
+	mkdir -p $(@D)
+	$(CLANG) $(BPF_CFLAGS) -c $< -o $@
+
+$(BUILD)/bin/penstock-cni: dataplane/cni/shim.c | $(STAMP_RUN)
+	mkdir -p $(@D)
+	$(CC) -std=gnu11 -O2 -Wall -Wextra -Werror -static -s -o $@ $<
+
+$(BUILD)/bin/penstock-rr: bench/rr.c | $(STAMP_RUN)
+	mkdir -p $(@D)
+	$(CC) -std=gnu11 -O2 -Wall -Wextra -Werror -o $@ $<
