@@ -1,0 +1,157 @@
+"""The forwarder process: workers, ports, and a small socket to be asked on.
+
+Rule: it needs nothing but the tables in shared memory; an agent that is away changes nothing.
+
+Theory. At its start it maps RUN_DIR/shm (waiting for the agent's very first run), reserves the
+UMEM, starts the workers, opens the ports of the table and serves RUN_DIR/forwarder.sock. The
+agent's `sync` makes it follow the port table at once; without an agent it looks once a second, the
+same turn in which it beats the heart of the steering map and sets dead devices aside.
+"""
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataplane.control.config import Config
+from dataplane.control.jsonl import serve
+from dataplane.daemon.log import get_logger
+from dataplane.engine.ports import Ports
+from dataplane.engine.steer import FILE, Steering
+from dataplane.engine.worker import Worker
+from dataplane.tables.shm import Shm
+from xdp import artifacts
+from xdp.abi import CONST, DTYPE
+from xdp.object import BpfObject, ObjectSpec
+from xdp.umem import Umem
+
+TURN_S = 1.0  # heartbeat and device check
+STALL_S = 5.0  # a worker silent for longer is reported as hanging, and the heart stops
+
+log = get_logger("forwarder")
+
+
+class Forwarder:
+    """Workers, sockets and programs over the tables of one node."""
+
+    def __init__(self, shm: Shm, run_dir: Path) -> None:
+        """Reserve frames, load the programs, start the workers. Raises XdpError."""
+        node = shm.node[0]
+        count = max(1, int(node["workers"]))
+        frame_count = int(node["frame_count"]) or 16384
+        self.shm = shm
+        self.umem = Umem(frame_count)
+        self.bpf = BpfObject(ObjectSpec.load(artifacts.find("penstock.bpf.o")))
+        row = self.bpf.maps["steering"].mmap(DTYPE["steering"])
+        self.steering = Steering(row, run_dir / "shm" / FILE, int(node["watchdog_ms"]))
+        shm.worker_stats[:] = 0
+        bases = np.arange(frame_count, dtype=np.int64) * CONST["FRAME_STRIDE"]
+        self.workers = [
+            Worker(number, shm, self.umem.address, part, int(node["spin_us"]))
+            for number, part in enumerate(np.array_split(bases, count))
+        ]
+        for worker in self.workers:
+            worker.start()
+        self.ports = Ports(shm.ports, self.umem, self.bpf, self.workers)
+        self.generation = -1
+        self.started = time.time()
+
+    def sync(self) -> list[dict[str, Any]]:
+        """Follow the port table and the steering file; return the ports."""
+        generation = int(self.shm.control[0]["ports_generation"])
+        self.steering.sync()
+        self.ports.sync()
+        self.generation = generation
+        return self.ports.view()
+
+    def turn(self) -> None:
+        """Once a second: heartbeat, dead devices, a port table that changed without a call."""
+        if self._alive():
+            self.steering.beat()
+        for name in self.ports.check():
+            log.warning("device gone", device=name)
+        if int(self.shm.control[0]["ports_generation"]) != self.generation:
+            self.sync()
+
+    def _alive(self) -> bool:
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        oldest = min(int(w.counters.stats[0]["heartbeat_ns"]) for w in self.workers)
+        return oldest == 0 or now - oldest < STALL_S * 1e9
+
+    def status(self) -> dict[str, Any]:
+        """Return what `penstock status` shows of this process."""
+        return {
+            "pid": os.getpid(),
+            "started": self.started,
+            "workers": len(self.workers),
+            "frames": self.umem.frame_count,
+            "huge_pages": self.umem.huge,
+            "ports": self.ports.view(),
+            "generation": self.generation,
+            "steering_error": self.steering.error,
+        }
+
+    def close(self, keep_pods: bool) -> None:
+        """Let go of the devices; with keep_pods the pods' programs stay and drop."""
+        self.steering.clear()
+        self.ports.close(keep_pods)
+        for worker in self.workers:
+            worker.stop()
+        self.bpf.close()
+
+
+async def _serve(forwarder: Forwarder, config: Config) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    turn = asyncio.Lock()
+
+    async def answer(op: str, args: dict[str, Any]) -> dict[str, Any]:
+        async with turn:
+            if op == "sync":
+                return {"ports": await asyncio.to_thread(forwarder.sync)}
+            if op == "ports":
+                return {"ports": forwarder.ports.view()}
+            if op == "status":
+                return forwarder.status()
+        raise ValueError(f"unknown operation {op!r}: the forwarder knows sync, ports, status")
+
+    server = await serve(config.run_dir / "forwarder.sock", answer)
+    log.info("forwarding", workers=len(forwarder.workers), frames=forwarder.umem.frame_count)
+    while not stop.is_set():
+        async with turn:
+            forwarder.turn()
+        try:
+            await asyncio.wait_for(stop.wait(), TURN_S)
+        except TimeoutError:
+            continue
+    server.close()
+
+
+async def _wait_for_tables(run_dir: Path) -> Shm:
+    """Map the tables once the agent has published them for the first time."""
+    while True:
+        try:
+            shm = Shm.open(run_dir, writable=True)
+        except FileNotFoundError:
+            shm = None
+        if shm is not None and int(shm.control[0]["generation"]) > 0:
+            return shm
+        await asyncio.sleep(0.05)
+
+
+def main(config: Config) -> int:
+    """Run until SIGTERM; return the exit status."""
+    shm = asyncio.run(_wait_for_tables(config.run_dir))
+    forwarder = Forwarder(shm, config.run_dir)
+    try:
+        forwarder.sync()
+        asyncio.run(_serve(forwarder, config))
+    finally:
+        forwarder.close(keep_pods=True)
+    return 0

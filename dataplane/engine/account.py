@@ -1,0 +1,98 @@
+"""What a worker counts: packets and bytes by reason, by port, and recent flows.
+
+Rule: one writer a row (the worker), any number of readers, no locks; a reader may see a packet
+counted in one table and not yet in another.
+
+Theory. Reasons are enum reason of xdp/abi.h, so a counter needs no name. Flows are direct-mapped
+by hash: a newer flow replaces an older one in its slot, which bounds memory and cost; it is a view
+for people, not an account.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dataplane.kernels.batch import KIND_IP4, KIND_IP6, VERDICT_SEND
+from dataplane.kernels.house import inline
+from xdp.abi import CONST, value
+
+FLOWS_MASK = np.uint64(CONST["FLOWS_MAX"] - 1)
+PORTS_MAX = CONST["PORTS_MAX"]
+PORT_UPLINK = value("PORT_UPLINK")
+
+
+class Counters(NamedTuple):
+    """The worker's own rows of the shared counters."""
+
+    reasons: np.ndarray  # reason_counter[2, REASONS_MAX]
+    ports: np.ndarray  # port_counter[PORTS_MAX]
+    stats: np.ndarray  # worker_stats[1]
+    flows: np.ndarray  # flow[FLOWS_MAX]
+    kicks: np.ndarray  # int64[2]: transmit system calls, and those refused
+    clock: np.ndarray  # int64[3]: struct timespec for clock_gettime, and its own memory address
+    marks: np.ndarray  # int64[1]: time of the last stage mark, ns
+
+
+def make_counters(reasons, ports, stats, flows) -> Counters:
+    """Return a worker's Counters over its rows of the shared counters (dtypes of xdp/abi.h)."""
+    clock = np.zeros(3, np.int64)
+    clock[2] = clock.ctypes.data
+    return Counters(
+        reasons, ports, stats, flows, np.zeros(2, np.int64), clock, np.zeros(1, np.int64)
+    )
+
+
+@inline
+def _note_flow(b, i, c):
+    at = b.hash[i] & FLOWS_MASK
+    row = c.flows[at]
+    same = (
+        row.source_lo == b.source_lo[i]
+        and row.destination_lo == b.target_lo[i]
+        and row.source_hi == b.source_hi[i]
+        and row.destination_hi == b.target_hi[i]
+        and row.source_port == b.source_port[i]
+        and row.destination_port == b.target_port[i]
+        and row.protocol == b.protocol[i]
+        and row.family == b.kind[i]
+    )
+    if not same:
+        c.flows[at].source_hi = b.source_hi[i]
+        c.flows[at].source_lo = b.source_lo[i]
+        c.flows[at].destination_hi = b.target_hi[i]
+        c.flows[at].destination_lo = b.target_lo[i]
+        c.flows[at].source_port = b.source_port[i]
+        c.flows[at].destination_port = b.target_port[i]
+        c.flows[at].protocol = b.protocol[i]
+        c.flows[at].family = b.kind[i]
+        c.flows[at].hash = b.hash[i] & np.uint64(0xFFFFFFFF)
+        c.flows[at].packets = 0
+        c.flows[at].bytes = 0
+        c.flows[at].first_ns = b.now_ns[0]
+    c.flows[at].reason = b.reason[i]
+    c.flows[at].ingress_port = b.ingress[i]
+    c.flows[at].egress_port = b.egress[i] if b.verdict[i] == VERDICT_SEND else PORTS_MAX
+    c.flows[at].packets += 1
+    c.flows[at].bytes += b.total[i]
+    c.flows[at].last_ns = b.now_ns[0]
+
+
+@inline
+def account(b, t, c):
+    """Count every packet of the vector; runs after the last verdict."""
+    for i in range(b.count[0]):
+        size = b.total[i]
+        port = b.ingress[i]
+        way = 0 if t.ports[port].kind == PORT_UPLINK else 1
+        c.reasons[way, b.reason[i]].packets += 1
+        c.reasons[way, b.reason[i]].bytes += size
+        c.ports[port].rx_packets += 1
+        c.ports[port].rx_bytes += size
+        if b.verdict[i] == VERDICT_SEND:
+            out = b.egress[i]
+            c.ports[out].tx_packets += 1
+            c.ports[out].tx_bytes += size
+        else:
+            c.ports[port].rx_drops += 1
+        if b.kind[i] == KIND_IP4 or b.kind[i] == KIND_IP6:
+            _note_flow(b, i, c)

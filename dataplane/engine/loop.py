@@ -1,0 +1,177 @@
+"""The loop of a worker: receive, decide, transmit; sleep when there is nothing.
+
+Rule: the stages are listed once, in `stages`; tests, the fuzzer, the engine benchmark and the
+worker all run that list.
+
+Theory. One call of `run` lasts until the control thread raises the stop word (it then changes
+sockets and calls again), holds no GIL and allocates nothing. The loop spins for `spin_us` after the
+last packet and then sleeps in epoll_wait(2) on its sockets, so an idle node costs nothing. While it
+spins it yields the core, since producer and consumer of a veth often share one. Every 64th step is
+timed stage by stage; the sums are in worker_stats.
+"""
+
+import numpy as np
+from numba import types
+
+from dataplane.engine.account import account
+from dataplane.engine.rings import STATE_FAILED, collect, flush, receive, transmit
+from dataplane.kernels.admit import admit
+from dataplane.kernels.answer import answer
+from dataplane.kernels.forward import forward
+from dataplane.kernels.house import inline, kernel, load32, load64, load64_acquire
+from dataplane.kernels.judge import judge
+from dataplane.kernels.parse import parse
+from dataplane.kernels.route import route
+from xdp.abi import value
+
+CLOCK_MONOTONIC = 1
+SAMPLE_MASK = 63  # every 64th step is timed
+SLEEP_MS = 1000  # longest sleep: the heartbeat is at most this old
+EPOLL_ERRORS = 0x018  # EPOLLERR | EPOLLHUP
+EVENTS_MAX = 64
+WAKE = -1  # epoll data of the event that only wakes the worker
+
+RECEIVE = value("STAGE_RECEIVE")
+PARSE = value("STAGE_PARSE")
+ADMIT = value("STAGE_ADMIT")
+ROUTE = value("STAGE_ROUTE")
+JUDGE = value("STAGE_JUDGE")
+ANSWER = value("STAGE_ANSWER")
+FORWARD = value("STAGE_FORWARD")
+ACCOUNT = value("STAGE_ACCOUNT")
+TRANSMIT = value("STAGE_TRANSMIT")
+
+# Words of the control array that the Python side and the loop share.
+CONTROL_STOP = 0  # raised by Python: return at once
+CONTROL_EPOLL = 1  # fd
+CONTROL_SPIN_NS = 2
+CONTROL_EVENTS = 3  # memory address of EVENTS_MAX epoll_event structures
+CONTROL_ADDRESS = 4  # memory address of this array
+CONTROL_WORDS = 8
+
+clock_gettime = types.ExternalFunction("clock_gettime", types.intc(types.intc, types.intp))
+sched_yield = types.ExternalFunction("sched_yield", types.intc())
+epoll_wait = types.ExternalFunction(
+    "epoll_wait", types.intc(types.intc, types.intp, types.intc, types.intc)
+)
+epoll_ctl = types.ExternalFunction(
+    "epoll_ctl", types.intc(types.intc, types.intc, types.intc, types.intp)
+)
+EPOLL_CTL_DEL = 2
+
+
+@inline
+def _now(c):
+    clock_gettime(CLOCK_MONOTONIC, c.clock[2])
+    return c.clock[0] * 1_000_000_000 + c.clock[1]
+
+
+@inline
+def _mark(c, stage, sampled):
+    """In a sampled step, charge the time since the last mark to a stage."""
+    if sampled:
+        now = _now(c)
+        c.stats[0].stage_ns[stage] += np.uint64(now - c.marks[0])
+        c.marks[0] = now
+
+
+@inline
+def stages(b, t, c, sampled):
+    """Every decision about a vector, in order."""
+    parse(b)
+    _mark(c, PARSE, sampled)
+    admit(b, t)
+    _mark(c, ADMIT, sampled)
+    route(b, t)
+    _mark(c, ROUTE, sampled)
+    judge(b, t)
+    _mark(c, JUDGE, sampled)
+    answer(b, t)
+    _mark(c, ANSWER, sampled)
+    forward(b, t)
+    _mark(c, FORWARD, sampled)
+
+
+@kernel
+def process(b, t, c):
+    """Decide about a vector that does not come from rings (tests, fuzzer, engine benchmark)."""
+    stages(b, t, c, False)
+
+
+@kernel
+def tally(b, t, c):
+    """Count a vector that does not come from rings."""
+    account(b, t, c)
+
+
+@inline
+def _step(b, r, t, c, now):
+    """Decide about and send the vector that was received; returns sockets that still wait."""
+    stats = c.stats[0]
+    sampled = (stats.steps & np.uint64(SAMPLE_MASK)) == np.uint64(0)
+    if sampled:
+        c.stats[0].sampled_steps += np.uint64(1)
+        c.stats[0].sampled_packets += np.uint64(b.count[0])
+    b.now_ns[0] = now
+    c.marks[0] = now
+    _mark(c, RECEIVE, sampled)
+    stages(b, t, c, sampled)
+    transmit(b, r, c.kicks)
+    _mark(c, TRANSMIT, sampled)
+    account(b, t, c)
+    _mark(c, ACCOUNT, sampled)
+    collect(r)
+    waiting = flush(r, c.kicks)
+    _mark(c, TRANSMIT, sampled)
+    c.stats[0].steps += np.uint64(1)
+    c.stats[0].packets += np.uint64(b.count[0])
+    return waiting
+
+
+@inline
+def _publish_stats(r, c, now):
+    c.stats[0].heartbeat_ns = np.uint64(now)
+    c.stats[0].kicks = np.uint64(c.kicks[0])
+    c.stats[0].kick_errors = np.uint64(c.kicks[1])
+    c.stats[0].free_frames = np.uint64(r.free_count[0])
+
+
+@inline
+def _sleep(r, c, control):
+    """Wait for packets, the wake-up event or a second; a socket whose device died is set aside."""
+    c.stats[0].polls += np.uint64(1)
+    events = control[CONTROL_EVENTS]
+    count = epoll_wait(control[CONTROL_EPOLL], events, EVENTS_MAX, SLEEP_MS)
+    for n in range(count):
+        at = events + n * 12  # struct epoll_event is packed: u32 events, u64 data
+        s = load64(at + 4)
+        if s != WAKE and load32(at) & EPOLL_ERRORS:
+            epoll_ctl(control[CONTROL_EPOLL], EPOLL_CTL_DEL, r.socks[s].fd, 0)
+            r.socks[s].state = STATE_FAILED
+
+
+@kernel
+def run(b, r, t, c, control):
+    """Work until the stop word is raised. b: Batch, r: Rings, t: Tables, c: Counters."""
+    stop = control[CONTROL_ADDRESS]
+    now = _now(c)
+    last = now
+    waiting = 0
+    while load64_acquire(stop) == 0:
+        now = _now(c)
+        if receive(b, r) > 0:
+            waiting = _step(b, r, t, c, now)
+            last = now
+            c.stats[0].heartbeat_ns = np.uint64(now)
+            continue
+        if collect(r) > 0:
+            last = now
+        if waiting:
+            waiting = flush(r, c.kicks)
+        if now - last < control[CONTROL_SPIN_NS] or waiting:
+            sched_yield()
+            continue
+        _publish_stats(r, c, now)
+        _sleep(r, c, control)
+        last = _now(c)
+    _publish_stats(r, c, now)

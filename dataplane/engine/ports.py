@@ -1,0 +1,193 @@
+"""Ports: sockets and XDP programs that follow the port table.
+
+Rule: a packet of a pod goes to our sockets or nowhere; a packet of the node on an uplink goes to
+the kernel unless it is steered to a socket that works.
+
+Theory. `sync` compares the rows of the port table with what is open and closes, then opens. For a
+pod or the host port the program is attached by netlink, so it stays when the forwarder dies: the
+pod's packets are dropped until the next forwarder takes over (fail closed), which attaches its own
+program in the place of the old. On an uplink it is a bpf_link and vanishes with the process. The
+order when opening is sockets, then map entries, then program; when closing, the reverse.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dataplane.engine.worker import Worker
+from xdp.abi import CONST, DTYPE, value
+from xdp.errors import XdpError
+from xdp.link import Link, attach_link, attach_netlink, detach_netlink
+from xdp.object import BpfObject
+from xdp.umem import Umem
+from xdp.xsk import Xsk
+
+PORT_UPLINK = value("PORT_UPLINK")
+PORT_ACTIVE = value("PORT_ACTIVE")
+QUEUES_MAX = CONST["QUEUES_MAX"]
+
+
+@dataclass
+class OpenPort:
+    """A port as it stands in the forwarder."""
+
+    index: int
+    name: str
+    kind: int
+    ifindex: int
+    queue_count: int
+    sockets: list[tuple[Xsk, Worker, int]] = field(default_factory=list)
+    link: Link | None = None
+    native: bool = False
+    error: str = ""
+
+    def view(self) -> dict[str, Any]:
+        """Return the port as plain data for the forwarder's socket."""
+        xsks = [xsk for xsk, _, _ in self.sockets]
+        return {
+            "index": self.index,
+            "name": self.name,
+            "ifindex": self.ifindex,
+            "ready": bool(xsks) and not self.error,
+            "mode": "native" if self.native else "generic",
+            "zero_copy": bool(xsks) and all(xsk.zero_copy for xsk in xsks),
+            "sg": bool(xsks) and all(xsk.sg for xsk in xsks),
+            "error": self.error,
+        }
+
+
+class Ports:
+    """All open ports of a forwarder."""
+
+    def __init__(self, rows: np.ndarray, umem: Umem, bpf: BpfObject, workers: list[Worker]) -> None:
+        """rows: the port table, port[PORTS_MAX]."""
+        self._rows = rows
+        self._umem = umem
+        self._bpf = bpf
+        self._workers = workers
+        self._open: dict[int, OpenPort] = {}
+
+    def view(self) -> list[dict[str, Any]]:
+        """Return every port that is open or could not be opened."""
+        return [port.view() for _, port in sorted(self._open.items())]
+
+    def sync(self) -> None:
+        """Close and open ports until they are those of the table; errors stay in `view`."""
+        wanted = {
+            int(index): self._rows[index].copy()
+            for index in np.flatnonzero(self._rows["state"] == PORT_ACTIVE)
+        }
+        for index, port in list(self._open.items()):
+            row = wanted.get(index)
+            if row is None or port.error or _identity(row) != _identity_of(port):
+                self._close(port)
+        for index, row in wanted.items():
+            if index not in self._open:
+                self._open[index] = self._start(index, row)
+
+    def check(self) -> list[str]:
+        """Close the ports whose device has died; return their names."""
+        dead = {index for worker in self._workers for index in worker.call(worker.failed)}
+        names = []
+        for index in dead & self._open.keys():
+            port = self._open[index]
+            names.append(port.name)
+            self._close(port)
+            port.error = f"device {port.name} (ifindex {port.ifindex}) is gone"
+            self._open[index] = port
+        return names
+
+    def close(self, keep_pods: bool) -> None:
+        """Close all; with keep_pods the pods' programs stay attached and drop (fail closed)."""
+        for port in list(self._open.values()):
+            self._close(port, detach=not keep_pods)
+
+    def _start(self, index: int, row: np.void) -> OpenPort:
+        port = OpenPort(index, *_identity(row))
+        try:
+            self._open_sockets(port)
+            self._attach(port)
+        except (XdpError, OSError, RuntimeError) as error:
+            self._close(port)
+            port.error = f"port {port.name}: {error}"
+        return port
+
+    def _open_sockets(self, port: OpenPort) -> None:
+        workers = len(self._workers)
+        if not workers <= port.queue_count <= QUEUES_MAX:
+            raise RuntimeError(
+                f"{port.queue_count} queues for {workers} workers, at most {QUEUES_MAX}: "
+                f"set forwarder.workers to {max(1, min(port.queue_count, QUEUES_MAX))} "
+                f"or change the queues (ethtool -L {port.name} combined {workers})"
+            )
+        for queue in range(port.queue_count):
+            worker = self._workers[queue % workers]
+            xsk = Xsk(self._umem, port.ifindex, queue)
+            index = port.index
+            try:
+                slot = worker.call(lambda xsk=xsk, worker=worker: worker.add(xsk, index))
+            except BaseException:
+                xsk.close()
+                raise
+            port.sockets.append((xsk, worker, slot))
+            self._bpf.maps["xsks"].update(self._key(port, queue), xsk.fd)
+        entry = np.zeros((), DTYPE["xdp_port"])
+        entry["socket_base"] = self._key(port, 0)
+        entry["queue_count"] = port.queue_count
+        self._bpf.maps["xdp_ports"].update(port.ifindex, entry.tobytes())
+
+    def _key(self, port: OpenPort, queue: int) -> int:
+        """Key in the XSKMAP: ports with one queue, the usual case, never run out of keys."""
+        if queue == 0:
+            return port.index
+        return CONST["PORTS_MAX"] + self._extra(port) * (QUEUES_MAX - 1) + queue - 1
+
+    def _extra(self, port: OpenPort) -> int:
+        room = (CONST["SOCKETS_MAX"] - CONST["PORTS_MAX"]) // (QUEUES_MAX - 1)
+        if port.index >= room:
+            raise RuntimeError(
+                f"port index {port.index} with {port.queue_count} queues: only ports below {room} "
+                f"have room for more than one queue; set forwarder.workers to 1"
+            )
+        return port.index
+
+    def _attach(self, port: OpenPort) -> None:
+        if port.kind == PORT_UPLINK:
+            port.link = attach_link(self._bpf.programs["uplink_rx"], port.ifindex)
+            port.native = port.link.native
+        else:
+            attached = attach_netlink(self._bpf.programs["pod_rx"], port.ifindex)
+            port.native = attached.native
+
+    def _close(self, port: OpenPort, detach: bool = True) -> None:
+        self._open.pop(port.index, None)
+        if port.link:
+            port.link.close()
+            port.link = None
+        elif detach and port.kind != PORT_UPLINK:
+            _ignore(lambda: detach_netlink(port.ifindex))
+        _ignore(lambda: self._bpf.maps["xdp_ports"].delete(port.ifindex))
+        for queue, (xsk, worker, slot) in enumerate(port.sockets):
+            _ignore(lambda queue=queue: self._bpf.maps["xsks"].delete(self._key(port, queue)))
+            worker.call(lambda worker=worker, slot=slot: worker.remove(slot))
+            xsk.close()
+            worker.call(lambda worker=worker, slot=slot: worker.reclaim(slot))
+        port.sockets.clear()
+
+
+def _identity(row: np.void) -> tuple[str, int, int, int]:
+    name = row["name"].decode()
+    return name, int(row["kind"]), int(row["ifindex"]), int(row["queue_count"])
+
+
+def _identity_of(port: OpenPort) -> tuple[str, int, int, int]:
+    return port.name, port.kind, port.ifindex, port.queue_count
+
+
+def _ignore(action: Any) -> None:
+    """Run a clean-up step whose object may already be gone with its device."""
+    try:
+        action()
+    except (XdpError, OSError):
+        pass

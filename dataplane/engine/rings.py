@@ -1,0 +1,348 @@
+"""The rings of AF_XDP sockets, seen from a worker.
+
+Rule: a frame is in exactly one place: the free stack, a fill ring, a vector, a transmit ring (until
+its completion). `owner` says which socket holds it, so that a socket that dies gives all back.
+
+Theory. Each (port, queue) has one socket with four single-producer single-consumer rings in shared
+memory (Documentation/networking/af_xdp.rst). All sockets of a forwarder register the same memory as
+their UMEM, so a frame received on one is transmitted on another by moving its number. Chunks are
+FRAME_STRIDE apart (unaligned mode), which spreads packet headers over all cache sets (decision 3);
+a descriptor's address is base | offset << 48. Ring indices run freely and are masked on use. The
+kernel sends in copy mode only when kicked: one sendto a socket a step, which carries the whole ring
+(XDP_MAX_TX_SKB_BUDGET).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import types
+
+from dataplane.kernels.batch import SEGMENTS_MAX, VECTOR_MAX, VERDICT_DROP, VERDICT_SEND
+from dataplane.kernels.house import (
+    inline,
+    load32,
+    load32_acquire,
+    load64,
+    prefetch,
+    store32,
+    store32_release,
+    store64,
+)
+from xdp.abi import CONST, value
+
+SOCKS_MAX = 2048  # sockets of one worker: a queue of each port and room
+FRAME_STRIDE = CONST["FRAME_STRIDE"]
+PORTS_MAX = CONST["PORTS_MAX"]
+SEGMENTS_PER_PACKET = CONST["SEGMENTS_PER_PACKET"]
+FILL_MOST = 2048  # frames that wait in one fill ring at most
+FILL_LEAST = 64  # and at least, however many ports there are
+BASE_MASK = (1 << 48) - 1
+PACKET_CONTINUES = 1  # XDP_PKT_CONTD
+NEED_WAKEUP = 1  # XDP_RING_NEED_WAKEUP
+DONT_WAIT = 0x40  # MSG_DONTWAIT
+
+STATE_EMPTY = 0
+STATE_OPEN = 1
+STATE_FAILED = 2  # the device is gone; the control thread closes the socket
+
+REASON_OVERSIZE = value("REASON_OVERSIZE")
+REASON_TRANSMIT_FULL = value("REASON_TRANSMIT_FULL")
+REASON_PORT_GONE = value("REASON_PORT_GONE")
+
+_RINGS = ("rx", "tx", "fill", "completion")
+SOCK = np.dtype(
+    [("state", "i8"), ("fd", "i8"), ("port", "i8"), ("pending", "i8"), ("errors", "i8")]
+    + [(f"{ring}_{word}", "i8") for ring in _RINGS for word in ("producer", "consumer")]
+    + [(f"{ring}_descriptors", "i8") for ring in _RINGS]
+    + [(f"{ring}_size", "i8") for ring in _RINGS]
+    + [("tx_flags", "i8"), ("fill_flags", "i8"), ("tx_head", "i8"), ("tx_room", "i8")]
+)
+"""One socket: memory addresses of ring words, sizes, and the worker's own cursors."""
+
+
+class Rings(NamedTuple):
+    """All that a worker's loop needs of its sockets and frames."""
+
+    socks: np.ndarray  # SOCK[SOCKS_MAX]
+    active: np.ndarray  # int64[SOCKS_MAX]: indices of open sockets
+    active_count: np.ndarray  # int64[1]
+    port_sock: np.ndarray  # int64[PORTS_MAX]: socket that transmits for a port, -1: none
+    free: np.ndarray  # int64[frames]: stack of chunk bases
+    free_count: np.ndarray  # int64[1]
+    owner: np.ndarray  # int64[frames]: socket that holds the frame, -1: nobody
+    area: np.ndarray  # int64[1]: memory address of the UMEM
+    turn: np.ndarray  # int64[1]: socket that receives first in this step
+    fill_target: np.ndarray  # int64[1]: frames that each fill ring is topped up to
+
+
+def make_rings(area: int, frames: np.ndarray) -> Rings:
+    """Return empty rings over a UMEM at memory address `area`, with chunk bases `frames`."""
+    total = int(frames.max()) // FRAME_STRIDE + 1 if len(frames) else 0
+    rings = Rings(
+        socks=np.zeros(SOCKS_MAX, SOCK),
+        active=np.zeros(SOCKS_MAX, np.int64),
+        active_count=np.zeros(1, np.int64),
+        port_sock=np.full(PORTS_MAX, -1, np.int64),
+        free=np.zeros(len(frames), np.int64),
+        free_count=np.full(1, len(frames), np.int64),
+        owner=np.full(total, -1, np.int64),
+        area=np.full(1, area, np.int64),
+        turn=np.zeros(1, np.int64),
+        fill_target=np.zeros(1, np.int64),
+    )
+    rings.free[:] = frames[::-1]
+    return rings
+
+
+sendto = types.ExternalFunction(
+    "sendto",
+    types.intp(types.intc, types.intp, types.intp, types.intc, types.intp, types.intp),
+)
+
+
+@inline
+def _release(r, frame):
+    r.owner[frame // FRAME_STRIDE] = -1
+    r.free[r.free_count[0]] = frame
+    r.free_count[0] += 1
+
+
+@inline
+def _admit(b, r, i, address, length, port):
+    """Start the columns of packet i."""
+    frame = address & BASE_MASK
+    start = r.area[0] + frame + ((address >> 48) & 0xFFFF)
+    prefetch(start)
+    r.owner[frame // FRAME_STRIDE] = -1
+    b.address[i] = start
+    b.frame[i] = frame
+    b.length[i] = length
+    b.total[i] = length
+    b.segments[i] = 0
+    b.segment_first[i] = 0
+    b.ingress[i] = port
+    b.egress[i] = -1
+    b.verdict[i] = 0
+    b.reason[i] = 0
+    b.kind[i] = 0
+    b.flags[i] = 0
+    b.adjacency[i] = 0
+
+
+@inline
+def _receive_from(b, r, s, count, used):
+    """Take packets of socket s until the vector or the ring ends; return (count, segments used)."""
+    sock = r.socks[s]
+    consumer = load32(sock.rx_consumer)
+    available = (load32_acquire(sock.rx_producer) - consumer) & 0xFFFFFFFF
+    taken = 0
+    mask = sock.rx_size - 1
+    while taken < available and count < VECTOR_MAX and used + SEGMENTS_PER_PACKET <= SEGMENTS_MAX:
+        at = sock.rx_descriptors + ((consumer + taken) & mask) * 16
+        address = load64(at)
+        continues = load32(at + 12) & PACKET_CONTINUES
+        _admit(b, r, count, address, load32(at + 8), sock.port)
+        taken += 1
+        if continues:
+            first = used
+            b.segment_first[count] = first
+            more = 0
+            while continues and taken < available:
+                at = sock.rx_descriptors + ((consumer + taken) & mask) * 16
+                address = load64(at)
+                continues = load32(at + 12) & PACKET_CONTINUES
+                taken += 1
+                if more < SEGMENTS_PER_PACKET - 1:
+                    frame = address & BASE_MASK
+                    r.owner[frame // FRAME_STRIDE] = -1
+                    b.segment_frame[used] = frame
+                    b.segment_offset[used] = (address >> 48) & 0xFFFF
+                    b.segment_length[used] = load32(at + 8)
+                    b.total[count] += load32(at + 8)
+                    used += 1
+                    more += 1
+                else:
+                    _release(r, address & BASE_MASK)
+                    b.verdict[count] = VERDICT_DROP
+                    b.reason[count] = REASON_OVERSIZE
+            b.segments[count] = more
+        count += 1
+    if taken:
+        store32_release(sock.rx_consumer, consumer + taken)
+    return count, used
+
+
+@inline
+def receive(b, r):
+    """Fill the vector from all sockets in turn; b.count[0] says how many packets came."""
+    count = 0
+    used = 0
+    sockets = r.active_count[0]
+    first = r.turn[0]
+    for n in range(sockets):
+        k = first + n
+        if k >= sockets:
+            k -= sockets
+        count, used = _receive_from(b, r, r.active[k], count, used)
+        if count >= VECTOR_MAX:
+            break
+    r.turn[0] = first + 1 if first + 1 < sockets else 0
+    b.count[0] = count
+    return count
+
+
+@inline
+def _complete(r, s):
+    """Take back the frames that the kernel has sent for socket s."""
+    sock = r.socks[s]
+    consumer = load32(sock.completion_consumer)
+    available = (load32_acquire(sock.completion_producer) - consumer) & 0xFFFFFFFF
+    mask = sock.completion_size - 1
+    for n in range(available):
+        address = load64(sock.completion_descriptors + ((consumer + n) & mask) * 8)
+        _release(r, address & BASE_MASK)
+    if available:
+        store32_release(sock.completion_consumer, consumer + available)
+    return available
+
+
+@inline
+def _refill(r, s, target):
+    """Top up the fill ring of socket s; hands out frames only while half the target is missing."""
+    sock = r.socks[s]
+    producer = load32(sock.fill_producer)
+    level = (producer - load32_acquire(sock.fill_consumer)) & 0xFFFFFFFF
+    wanted = target - level
+    if wanted > r.free_count[0]:
+        wanted = r.free_count[0]
+    if wanted <= 0 or (wanted < 32 and level >= 32):
+        return
+    mask = sock.fill_size - 1
+    for n in range(wanted):
+        r.free_count[0] -= 1
+        frame = r.free[r.free_count[0]]
+        r.owner[frame // FRAME_STRIDE] = s
+        store64(sock.fill_descriptors + ((producer + n) & mask) * 8, frame)
+    store32_release(sock.fill_producer, producer + wanted)
+
+
+@inline
+def collect(r):
+    """Completions and refills of all sockets; returns the completions taken."""
+    total = 0
+    for n in range(r.active_count[0]):
+        total += _complete(r, r.active[n])
+    for n in range(r.active_count[0]):
+        _refill(r, r.active[n], r.fill_target[0])
+    return total
+
+
+@inline
+def _room(r, s):
+    """Slots of the transmit ring that are free, read from the kernel's cursor."""
+    sock = r.socks[s]
+    used = (sock.tx_head - load32_acquire(sock.tx_consumer)) & 0xFFFFFFFF
+    return sock.tx_size - used
+
+
+@inline
+def kick(r, s, stats):
+    """One sendto for what waits in the transmit ring of socket s."""
+    sock = r.socks[s]
+    r.socks[s].pending = 0
+    if sock.tx_flags and not (load32(sock.tx_flags) & NEED_WAKEUP):
+        return
+    stats[0] += 1
+    if sendto(sock.fd, 0, 0, DONT_WAIT, 0, 0) < 0:
+        stats[1] += 1
+        # EAGAIN (budget, completion ring full) and EBUSY pass: try again. A device that is down or
+        # gone does not: after a few refusals wait for the next packet instead of spinning.
+        r.socks[s].errors += 1
+        if r.socks[s].errors < 64:
+            r.socks[s].pending = 1
+    else:
+        r.socks[s].errors = 0
+
+
+@inline
+def _enqueue(b, r, i, s, needed):
+    """Write the descriptors of packet i to the transmit ring of socket s."""
+    sock = r.socks[s]
+    mask = sock.tx_size - 1
+    head = sock.tx_head
+    frame = b.frame[i]
+    at = sock.tx_descriptors + (head & mask) * 16
+    store64(at, frame | ((b.address[i] - r.area[0] - frame) << 48))
+    store32(at + 8, b.length[i])
+    store32(at + 12, PACKET_CONTINUES if needed > 1 else 0)
+    r.owner[frame // FRAME_STRIDE] = s
+    for n in range(needed - 1):
+        k = b.segment_first[i] + n
+        frame = b.segment_frame[k]
+        at = sock.tx_descriptors + ((head + n + 1) & mask) * 16
+        store64(at, frame | (b.segment_offset[k] << 48))
+        store32(at + 8, b.segment_length[k])
+        store32(at + 12, PACKET_CONTINUES if n + 2 < needed else 0)
+        r.owner[frame // FRAME_STRIDE] = s
+    r.socks[s].tx_head = head + needed
+    r.socks[s].tx_room = sock.tx_room - needed
+    r.socks[s].pending = 1
+
+
+@inline
+def _discard(b, r, i, from_segment):
+    """Free the frames of packet i: the head unless from_segment > 0, and its continuations."""
+    if from_segment == 0:
+        _release(r, b.frame[i])
+    for n in range(b.segments[i]):
+        _release(r, b.segment_frame[b.segment_first[i] + n])
+
+
+@inline
+def transmit(b, r, stats):
+    """Queue every packet to be sent, free the others, then kick each socket that has work."""
+    for i in range(b.count[0]):
+        if b.verdict[i] != VERDICT_SEND:
+            _discard(b, r, i, 0)
+            continue
+        s = r.port_sock[b.egress[i]]
+        if s < 0:
+            b.verdict[i] = VERDICT_DROP
+            b.reason[i] = REASON_PORT_GONE
+            _discard(b, r, i, 0)
+            continue
+        needed = 1 + b.segments[i] if b.total[i] > b.length[i] else 1
+        if r.socks[s].tx_room < needed:
+            r.socks[s].tx_room = _room(r, s)
+            if r.socks[s].tx_room < needed:
+                _publish(r, s)
+                kick(r, s, stats)
+                _complete(r, s)
+                r.socks[s].tx_room = _room(r, s)
+        if r.socks[s].tx_room < needed:
+            b.verdict[i] = VERDICT_DROP
+            b.reason[i] = REASON_TRANSMIT_FULL
+            _discard(b, r, i, 0)
+            continue
+        _enqueue(b, r, i, s, needed)
+        if needed == 1 and b.segments[i]:
+            _discard(b, r, i, 1)
+    flush(r, stats)
+
+
+@inline
+def _publish(r, s):
+    store32_release(r.socks[s].tx_producer, r.socks[s].tx_head)
+
+
+@inline
+def flush(r, stats):
+    """Publish and kick all sockets with waiting descriptors; returns how many still wait."""
+    waiting = 0
+    for n in range(r.active_count[0]):
+        s = r.active[n]
+        if r.socks[s].pending:
+            _publish(r, s)
+            kick(r, s, stats)
+            waiting += r.socks[s].pending
+    return waiting

@@ -1,0 +1,64 @@
+"""Compile every kernel into the cache, with progress: `python -m dataplane.engine.warm`.
+
+Rule: what a forwarder runs is compiled here, with the very argument types it will use; a start
+after this compiles nothing.
+
+Theory. numba compiles a function once for each set of argument types. The types are those of
+shared memory (read-only or not does not matter here: the arrays are mapped alike), so warming runs
+on small mapped files. `process` and `tally` are the loop's stages without rings, for tests, the
+fuzzer and the engine benchmark.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+def _jobs() -> list[tuple[str, Callable[[], object]]]:
+    from dataplane.engine import loop
+    from dataplane.engine.worker import Worker
+    from dataplane.tables.shm import Shm
+    from xdp.abi import CONST
+
+    scratch = tempfile.TemporaryDirectory(prefix="penstock-warm-")
+    shm = Shm.create(Path(scratch.name))
+    frames = np.arange(4, dtype=np.int64) * CONST["FRAME_STRIDE"]
+    worker = Worker(0, shm, 0, frames, 0)
+    worker.control[loop.CONTROL_STOP] = 1  # run returns before its first step
+    arguments = (worker.batch, worker.rings, worker.tables, worker.counters, worker.control)
+    vector = (worker.batch, worker.tables, worker.counters)
+    return [
+        ("the worker's loop", lambda: loop.run(*arguments)),
+        ("the stages without rings", lambda: loop.process(*vector)),
+        ("the counters", lambda: loop.tally(*vector)),
+        ("scratch", lambda: (shm.close(), scratch.cleanup())),
+    ]
+
+
+def main() -> int:
+    """Compile what is missing; print a bar when something has to be compiled."""
+    from dataplane.kernels import cache
+
+    folder = cache.settle()
+    stamp = folder / "warm"
+    if stamp.exists():
+        return 0
+    cache.collect()
+    start = time.monotonic()
+    print("compiling the vector kernels for this CPU (once per version)", file=sys.stderr)
+    jobs = _jobs()
+    for number, (name, job) in enumerate(jobs, 1):
+        job()
+        filled = "#" * (24 * number // len(jobs))
+        passed = time.monotonic() - start
+        print(f"  [{filled:<24}] {passed:5.1f} s  {name}", file=sys.stderr, flush=True)
+    stamp.touch()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

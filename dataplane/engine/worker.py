@@ -1,0 +1,211 @@
+"""One worker: a thread in the compiled loop, and the way to change what it works on.
+
+Rule: only the worker's own thread touches its rings. Everybody else sends it a function, which it
+runs between two calls of the loop.
+
+Theory. `run` (loop.py) returns when the stop word is raised; an eventfd wakes it out of epoll_wait.
+The thread then runs the functions that wait, and calls the loop again. Adding or removing a socket
+is such a function: rare, so it may take its time; traffic of the other sockets waits meanwhile, a
+millisecond at most.
+"""
+
+import ctypes
+import os
+import queue
+import select
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from dataplane.engine import loop
+from dataplane.engine.account import make_counters
+from dataplane.engine.rings import (
+    FILL_LEAST,
+    FILL_MOST,
+    FRAME_STRIDE,
+    SOCKS_MAX,
+    STATE_EMPTY,
+    STATE_FAILED,
+    STATE_OPEN,
+    make_rings,
+)
+from dataplane.kernels.batch import make_batch
+from dataplane.kernels.tables import Tables
+from xdp.xsk import Xsk
+
+_RINGS = ("rx", "tx", "fill", "completion")
+
+
+class Worker:
+    """A forwarding thread with its frames, sockets and counters."""
+
+    def __init__(self, number: int, shm: Any, area: int, frames: np.ndarray, spin_us: int) -> None:
+        """Prepare worker `number` over UMEM address `area` with its own chunk bases `frames`."""
+        self.number = number
+        self.rings = make_rings(area, frames)
+        self.batch = make_batch()
+        self.tables = make_tables(shm)
+        self.counters = make_counters(
+            shm.reasons[number],
+            shm.port_counters[number],
+            shm.worker_stats[number : number + 1],
+            shm.flows[number],
+        )
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._events = np.zeros(loop.EVENTS_MAX * 12, np.uint8)
+        self.control = np.zeros(loop.CONTROL_WORDS, np.int64)
+        self.control[loop.CONTROL_EPOLL] = self._epoll.fileno()
+        self.control[loop.CONTROL_SPIN_NS] = spin_us * 1000
+        self.control[loop.CONTROL_EVENTS] = self._events.ctypes.data
+        self.control[loop.CONTROL_ADDRESS] = self.control.ctypes.data
+        _epoll_add(self._epoll.fileno(), self._wake, loop.WAKE)
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None]
+        self._commands = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name=f"worker-{number}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def call(self, function: Callable[[], Any], timeout: float = 10.0) -> Any:
+        """Run a function on the worker's thread between two vectors; return or raise what it does.
+
+        Raises TimeoutError when the worker does not come back in `timeout` seconds: it hangs.
+        """
+        done: Future = Future()
+        self._commands.put((function, done))
+        self._interrupt()
+        return done.result(timeout)
+
+    def stop(self) -> None:
+        """End the thread; the sockets stay open until they are removed or the process ends."""
+        self._commands.put(None)
+        self._interrupt()
+        self._thread.join(10)
+
+    def _interrupt(self) -> None:
+        self.control[loop.CONTROL_STOP] = 1
+        os.eventfd_write(self._wake, 1)
+
+    def _main(self) -> None:
+        self.counters.stats[0]["tid"] = threading.get_native_id()
+        while True:
+            loop.run(self.batch, self.rings, self.tables, self.counters, self.control)
+            self.control[loop.CONTROL_STOP] = 0
+            try:
+                os.eventfd_read(self._wake)
+            except BlockingIOError:
+                pass
+            while not self._commands.empty():
+                command = self._commands.get()
+                if command is None:
+                    return
+                function, done = command
+                try:
+                    done.set_result(function())
+                except BaseException as error:
+                    done.set_exception(error)
+
+    # --- what `call` runs: the worker's own thread only ---------------------------------------
+
+    def add(self, xsk: Xsk, port: int) -> int:
+        """Take a socket into the loop; return its index among this worker's sockets."""
+        free = np.flatnonzero(self.rings.socks["state"] == STATE_EMPTY)
+        if not len(free):
+            raise RuntimeError(f"worker {self.number} has {SOCKS_MAX} sockets, the limit")
+        index = int(free[0])
+        sock = self.rings.socks[index]
+        for name in self.rings.socks.dtype.names or ():
+            sock[name] = 0
+        sock["fd"], sock["port"] = xsk.fd, port
+        for name in _RINGS:
+            ring = getattr(xsk, name)
+            sock[f"{name}_producer"] = ring.producer
+            sock[f"{name}_consumer"] = ring.consumer
+            sock[f"{name}_descriptors"] = ring.descriptors
+            sock[f"{name}_size"] = ring.size
+        # In copy mode the kernel always wants a kick, whatever the flag says.
+        sock["tx_flags"] = xsk.tx.flags if xsk.zero_copy else 0
+        sock["fill_flags"] = xsk.fill.flags
+        sock["tx_room"] = xsk.tx.size
+        sock["state"] = STATE_OPEN
+        if self.rings.port_sock[port] < 0:
+            self.rings.port_sock[port] = index
+        self._settle()
+        _epoll_add(self._epoll.fileno(), xsk.fd, index)
+        return index
+
+    def remove(self, index: int) -> int:
+        """Drop a socket (before it is closed); return how many frames it gave back."""
+        sock = self.rings.socks[index]
+        try:
+            self._epoll.unregister(int(sock["fd"]))
+        except OSError:
+            pass  # already set aside by the loop
+        port = int(sock["port"])
+        sock["state"] = STATE_EMPTY
+        if self.rings.port_sock[port] == index:
+            others = (self.rings.socks["port"] == port) & (self.rings.socks["state"] == STATE_OPEN)
+            found = np.flatnonzero(others)
+            self.rings.port_sock[port] = int(found[0]) if len(found) else -1
+        self._settle()
+        return index
+
+    def reclaim(self, index: int) -> int:
+        """Take back the frames of a removed socket, once it is closed; return their number."""
+        held = np.flatnonzero(self.rings.owner == index)
+        count = int(self.rings.free_count[0])
+        self.rings.free[count : count + len(held)] = held * FRAME_STRIDE
+        self.rings.free_count[0] = count + len(held)
+        self.rings.owner[held] = -1
+        return len(held)
+
+    def failed(self) -> list[int]:
+        """Return the ports whose socket the loop has set aside because the device died."""
+        rows = self.rings.socks[self.rings.socks["state"] == STATE_FAILED]
+        return sorted({int(port) for port in rows["port"]})
+
+    def _settle(self) -> None:
+        active = np.flatnonzero(self.rings.socks["state"] == STATE_OPEN)
+        self.rings.active[: len(active)] = active
+        self.rings.active_count[0] = len(active)
+        self.rings.turn[0] = 0
+        half = len(self.rings.free) // 2  # the other half is for what is on its way
+        share = half // max(1, len(active))
+        self.rings.fill_target[0] = max(FILL_LEAST, min(FILL_MOST, share))
+
+
+def make_tables(shm: Any) -> Tables:
+    """Return the kernels' view of the tables in shared memory (read-only for them)."""
+    return Tables(
+        node=shm.node,
+        ports=shm.ports,
+        adjacencies=shm.adjacencies,
+        rewrites=shm.rewrites,
+        fib4_wide=shm.fib4_wide,
+        fib4_deep=shm.fib4_deep,
+        fib6=shm.fib6,
+        fib6_lengths=shm.fib6_lengths,
+        buckets=np.zeros(4, np.int64),
+    )
+
+
+class _EpollEvent(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_int64))
+
+
+EPOLL_CTL_ADD = 1  # sys/epoll.h
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _epoll_add(epoll: int, fd: int, data: int) -> None:
+    """Register fd with our own data word: Python's select.epoll always stores the fd."""
+    event = _EpollEvent(select.EPOLLIN, data)
+    if _libc.epoll_ctl(epoll, EPOLL_CTL_ADD, fd, ctypes.byref(event)):
+        code = ctypes.get_errno()
+        raise OSError(code, f"epoll_ctl(ADD, fd {fd}): {os.strerror(code)}")
