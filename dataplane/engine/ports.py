@@ -11,6 +11,7 @@ order when opening is sockets, then map entries, then program; when closing, the
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class OpenPort:
     sockets: list[tuple[Xsk, Worker, int]] = field(default_factory=list)
     link: Link | None = None
     native: bool = False
+    base: int = -1  # key of queue 0 in the XSKMAP
     error: str = ""
 
     def view(self) -> dict[str, Any]:
@@ -121,36 +123,37 @@ class Ports:
                 f"set forwarder.workers to {max(1, min(port.queue_count, QUEUES_MAX))} "
                 f"or change the queues (ethtool -L {port.name} combined {workers})"
             )
+        port.base = self._reserve(port)
         for queue in range(port.queue_count):
             worker = self._workers[queue % workers]
             xsk = Xsk(self._umem, port.ifindex, queue)
-            index = port.index
             try:
-                slot = worker.call(lambda xsk=xsk, worker=worker: worker.add(xsk, index))
+                slot = worker.call(partial(worker.add, xsk, port.index))
             except BaseException:
                 xsk.close()
                 raise
             port.sockets.append((xsk, worker, slot))
-            self._bpf.maps["xsks"].update(self._key(port, queue), xsk.fd)
+            self._bpf.maps["xsks"].update(port.base + queue, xsk.fd)
         entry = np.zeros((), DTYPE["xdp_port"])
-        entry["socket_base"] = self._key(port, 0)
+        entry["socket_base"] = port.base
         entry["queue_count"] = port.queue_count
         self._bpf.maps["xdp_ports"].update(port.ifindex, entry.tobytes())
 
-    def _key(self, port: OpenPort, queue: int) -> int:
-        """Key in the XSKMAP: ports with one queue, the usual case, never run out of keys."""
-        if queue == 0:
-            return port.index
-        return CONST["PORTS_MAX"] + self._extra(port) * (QUEUES_MAX - 1) + queue - 1
-
-    def _extra(self, port: OpenPort) -> int:
-        room = (CONST["SOCKETS_MAX"] - CONST["PORTS_MAX"]) // (QUEUES_MAX - 1)
-        if port.index >= room:
-            raise RuntimeError(
-                f"port index {port.index} with {port.queue_count} queues: only ports below {room} "
-                f"have room for more than one queue; set forwarder.workers to 1"
-            )
-        return port.index
+    def _reserve(self, port: OpenPort) -> int:
+        """Return the first key of a free run of queue_count keys in the XSKMAP."""
+        taken = np.zeros(CONST["SOCKETS_MAX"], bool)
+        for other in self._open.values():
+            if other.base >= 0:
+                taken[other.base : other.base + other.queue_count] = True
+        run = 0
+        for key in range(len(taken)):
+            run = 0 if taken[key] else run + 1
+            if run == port.queue_count:
+                return key - run + 1
+        raise RuntimeError(
+            f"{port.queue_count} more sockets than the {len(taken)} of SOCKETS_MAX: "
+            f"set forwarder.workers lower"
+        )
 
     def _attach(self, port: OpenPort) -> None:
         if port.kind == PORT_UPLINK:
@@ -166,14 +169,15 @@ class Ports:
             port.link.close()
             port.link = None
         elif detach and port.kind != PORT_UPLINK:
-            _ignore(lambda: detach_netlink(port.ifindex))
-        _ignore(lambda: self._bpf.maps["xdp_ports"].delete(port.ifindex))
+            _ignore(partial(detach_netlink, port.ifindex))
+        _ignore(partial(self._bpf.maps["xdp_ports"].delete, port.ifindex))
         for queue, (xsk, worker, slot) in enumerate(port.sockets):
-            _ignore(lambda queue=queue: self._bpf.maps["xsks"].delete(self._key(port, queue)))
-            worker.call(lambda worker=worker, slot=slot: worker.remove(slot))
+            _ignore(partial(self._bpf.maps["xsks"].delete, port.base + queue))
+            worker.call(partial(worker.remove, slot))
             xsk.close()
-            worker.call(lambda worker=worker, slot=slot: worker.reclaim(slot))
+            worker.call(partial(worker.reclaim, slot))
         port.sockets.clear()
+        port.base = -1
 
 
 def _identity(row: np.void) -> tuple[str, int, int, int]:
