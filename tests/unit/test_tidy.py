@@ -34,9 +34,7 @@ def test_file_and_functions_are_short(path):
             assert length <= FUNCTION_LINES_MOST, f"{node.name} has {length} lines"
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in SOURCES if "tests" not in path.parts], ids=_name
-)
+@pytest.mark.parametrize("path", [path for path in SOURCES if "tests" not in path.parts], ids=_name)
 def test_module_opens_with_its_rule(path):
     opening = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert "Rule:" in opening, "say the module's one rule"
