@@ -1,0 +1,121 @@
+"""Longest prefix match: destination address -> row of the adjacency table.
+
+Rule: a lookup reads one or two words for IPv4, and one run of slots a prefix length for IPv6; it
+returns 0 when there is no route.
+
+Theory. IPv4 is DIR-24-8 (Gupta, Lin, McKeown 1998; as rte_lpm): a word for each /24, and groups of
+256 words behind those that hold longer prefixes. IPv6 is a hash table whose key is (prefix, length);
+the lengths in use stand in a bitmap and are tried from the longest. A node has few distinct lengths
+(128 of its own pods, 64 of the nodes, 0), so few probes. Words are published last by the writer
+(dataplane/tables), so a reader sees the old route or the new.
+"""
+
+import numpy as np
+
+from dataplane.kernels.batch import (
+    FLAG_MULTICAST,
+    KIND_IP4,
+    KIND_IP6,
+    VERDICT_PENDING,
+)
+from dataplane.kernels.house import highest_bit, inline, kernel, prefetch
+from xdp.abi import CONST
+
+FIB6_MASK = np.uint64(CONST["FIB6_SLOTS"] - 1)
+FIB6_PROBES_MAX = CONST["FIB6_PROBES_MAX"]
+FIB6_DELETED = 255
+INDEX_MASK = 0xFFFFFF
+EXTENDED = 1 << 31
+
+MIX_A = np.uint64(0x9E3779B97F4A7C15)
+MIX_B = np.uint64(0xC2B2AE3D27D4EB4F)
+MIX_C = np.uint64(0xD6E8FEB86659FD93)
+ONES = np.uint64(0xFFFFFFFFFFFFFFFF)
+ZERO = np.uint64(0)
+BITS64 = np.uint64(64)
+ONE = np.uint64(1)
+
+
+@inline
+def lookup4(t, address):
+    """Adjacency of an IPv4 address (int64), 0: no route."""
+    word = np.int64(t.fib4_wide[address >> 8])
+    if word & EXTENDED:
+        word = np.int64(t.fib4_deep[((word & INDEX_MASK) << 8) + (address & 255)])
+    return word & INDEX_MASK
+
+
+@inline
+def slot6(hi, lo, depth):
+    """First slot of a prefix of `depth` - 1 bits; the table's writer uses the same mix."""
+    h = (hi * MIX_A) ^ ((lo + np.uint64(depth)) * MIX_B)
+    h ^= h >> np.uint64(32)
+    h *= MIX_C
+    h ^= h >> np.uint64(29)
+    return np.int64(h & FIB6_MASK)
+
+
+@inline
+def _find6(t, hi, lo, depth):
+    slot = slot6(hi, lo, depth)
+    for n in range(FIB6_PROBES_MAX):
+        at = (slot + n) & np.int64(FIB6_MASK)
+        found = t.fib6[at].depth
+        if found == 0:
+            return -1
+        if found == depth and t.fib6[at].hi == hi and t.fib6[at].lo == lo:
+            return np.int64(t.fib6[at].index)
+    return -1
+
+
+@inline
+def lookup6(t, hi, lo):
+    """Adjacency of an IPv6 address (two uint64 halves), 0: no route."""
+    for step in range(3):
+        word = 2 - step
+        bits = t.fib6_lengths[word]
+        while bits != ZERO:
+            bit = highest_bit(bits)
+            bits ^= ONE << np.uint64(bit)
+            length = word * 64 + bit
+            if length >= 128:
+                found = _find6(t, hi, lo, length + 1)
+            elif length > 64:
+                mask = ONES << np.uint64(128 - length)
+                found = _find6(t, hi, lo & mask, length + 1)
+            elif length == 64:
+                found = _find6(t, hi, ZERO, length + 1)
+            elif length > 0:
+                found = _find6(t, hi & (ONES << np.uint64(64 - length)), ZERO, length + 1)
+            else:
+                found = _find6(t, ZERO, ZERO, 1)
+            if found >= 0:
+                return found
+    return 0
+
+
+@inline
+def lookup(t, kind, hi, lo):
+    """Adjacency of an address of family KIND_IP4 or KIND_IP6, 0: no route."""
+    if kind == KIND_IP4:
+        return lookup4(t, np.int64(lo))
+    return lookup6(t, hi, lo)
+
+
+@kernel
+def route(b, t):
+    """Fill Batch.adjacency of pending IP packets; About 4 ns a packet for IPv4."""
+    count = b.count[0]
+    wide = t.fib4_wide.ctypes.data
+    for i in range(count):
+        if b.kind[i] == KIND_IP4:
+            prefetch(wide + np.int64(b.target_lo[i] >> np.uint64(8)) * 4)
+    for i in range(count):
+        if b.verdict[i] != VERDICT_PENDING:
+            continue
+        if b.kind[i] == KIND_IP4 or b.kind[i] == KIND_IP6:
+            if b.flags[i] & FLAG_MULTICAST:
+                # Neighbour solicitations are multicast: `answer` wants them; they have no route.
+                b.adjacency[i] = 0
+            else:
+                b.adjacency[i] = lookup(t, b.kind[i], b.target_hi[i], b.target_lo[i])
