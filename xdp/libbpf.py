@@ -1,0 +1,119 @@
+"""libbpf through cffi, in ABI mode: declarations here, the library at run time.
+
+Rule: only this module and libc.py declare foreign functions.
+
+Theory. ABI mode needs no compiler on the node. libbpf's option structures carry their own size, so
+a newer library accepts what is declared here. Functions return a negative errno in libbpf 1.x.
+"""
+
+import cffi
+
+from xdp.errors import UnsupportedError
+
+ffi = cffi.FFI()
+ffi.cdef(
+    """
+    typedef int (*libbpf_print_fn_t)(int level, const char *, void *ap);
+    void *libbpf_set_print(void *fn);
+    int libbpf_num_possible_cpus(void);
+    const char *libbpf_version_string(void);
+
+    struct bpf_object;
+    struct bpf_program;
+    struct bpf_map;
+    struct bpf_object_open_opts {
+      size_t sz;
+      const char *object_name;
+      bool relaxed_maps;
+      const char *pin_root_path;
+      uint32_t attach_prog_fd_;
+      const char *kconfig;
+      const char *btf_custom_path;
+      char *kernel_log_buf;
+      size_t kernel_log_size;
+      uint32_t kernel_log_level;
+    };
+    struct bpf_object *bpf_object__open_file(const char *path, const void *opts);
+    int bpf_object__load(struct bpf_object *obj);
+    void bpf_object__close(struct bpf_object *obj);
+    struct bpf_program *bpf_object__next_program(const struct bpf_object *, struct bpf_program *);
+    struct bpf_map *bpf_object__next_map(const struct bpf_object *, const struct bpf_map *);
+    const char *bpf_program__name(const struct bpf_program *);
+    int bpf_program__fd(const struct bpf_program *);
+    uint32_t bpf_program__flags(const struct bpf_program *);
+    int bpf_program__set_flags(struct bpf_program *, uint32_t);
+    const char *bpf_map__name(const struct bpf_map *);
+    int bpf_map__fd(const struct bpf_map *);
+    uint32_t bpf_map__type(const struct bpf_map *);
+    uint32_t bpf_map__key_size(const struct bpf_map *);
+    uint32_t bpf_map__value_size(const struct bpf_map *);
+    uint32_t bpf_map__max_entries(const struct bpf_map *);
+
+    int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags);
+    int bpf_map_lookup_elem(int fd, const void *key, void *value);
+    int bpf_map_delete_elem(int fd, const void *key);
+    int bpf_map_get_next_key(int fd, const void *key, void *next_key);
+
+    struct bpf_link_create_opts { size_t sz; uint32_t flags; uint8_t rest[64]; };
+    int bpf_link_create(int prog_fd, int target_fd, int attach_type, const void *opts);
+
+    struct bpf_xdp_attach_opts { size_t sz; int old_prog_fd; size_t :0; };
+    int bpf_xdp_attach(int ifindex, int prog_fd, uint32_t flags, const void *opts);
+    int bpf_xdp_detach(int ifindex, uint32_t flags, const void *opts);
+    struct bpf_xdp_query_opts {
+      size_t sz;
+      uint32_t prog_id;
+      uint32_t drv_prog_id;
+      uint32_t hw_prog_id;
+      uint32_t skb_prog_id;
+      uint8_t attach_mode;
+      uint8_t padding[7];
+    };
+    int bpf_xdp_query(int ifindex, int flags, struct bpf_xdp_query_opts *opts);
+
+    struct bpf_test_run_opts {
+      size_t sz;
+      const void *data_in;
+      void *data_out;
+      uint32_t data_size_in;
+      uint32_t data_size_out;
+      const void *ctx_in;
+      void *ctx_out;
+      uint32_t ctx_size_in;
+      uint32_t ctx_size_out;
+      uint32_t retval;
+      int repeat;
+      uint32_t duration;
+      uint32_t flags;
+      uint32_t cpu;
+      uint32_t batch_size;
+    };
+    int bpf_prog_test_run_opts(int prog_fd, struct bpf_test_run_opts *opts);
+
+    int libbpf_probe_bpf_map_type(int map_type, const void *opts);
+    int libbpf_probe_bpf_prog_type(int prog_type, const void *opts);
+    int libbpf_probe_bpf_helper(int prog_type, int helper_id, const void *opts);
+
+    struct xdp_md_in {
+      uint32_t data;
+      uint32_t data_end;
+      uint32_t data_meta;
+      uint32_t ingress_ifindex;
+      uint32_t rx_queue_index;
+      uint32_t egress_ifindex;
+    };
+    """.replace(" size_t :0;", " int padding_;")
+)
+
+try:
+    lib = ffi.dlopen("libbpf.so.1")
+except OSError as error:  # pragma: no cover - a machine without the package
+    raise UnsupportedError(f"libbpf.so.1 not found ({error}): apt install libbpf1") from error
+
+# libbpf talks on stderr by default; what matters comes back in errors instead.
+lib.libbpf_set_print(ffi.NULL)
+
+
+def text(pointer) -> str:
+    """Return a C string of libbpf as str."""
+    return ffi.string(pointer).decode()

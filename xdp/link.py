@@ -1,0 +1,99 @@
+"""Programs on devices.
+
+Rule: a bpf_link ends with the process that holds it; an attachment by netlink stays until somebody
+detaches it. Uplinks get the first, pods the second.
+
+Theory. Native XDP (in the driver) is tried first, then generic (on skbs, any driver). A netlink
+attachment replaces an older one in one step, so a new forwarder takes a pod over without a gap in
+which packets would pass.
+"""
+
+import errno
+import os
+from dataclasses import dataclass
+
+from xdp.errors import KernelError
+from xdp.libbpf import ffi, lib
+from xdp.object import Program
+
+BPF_XDP = 37  # enum bpf_attach_type
+FLAG_GENERIC = 1 << 1  # XDP_FLAGS_SKB_MODE
+FLAG_NATIVE = 1 << 2  # XDP_FLAGS_DRV_MODE
+_REFUSED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTSUP, errno.ERANGE}
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What is attached to a device."""
+
+    program_id: int
+    native: bool
+
+
+class Link:
+    """A bpf_link: detaches when it is closed or the process ends."""
+
+    def __init__(self, fd: int, ifindex: int, native: bool) -> None:
+        """fd: of the link; owned from now on."""
+        self.fd = fd
+        self.ifindex = ifindex
+        self.native = native
+
+    def close(self) -> None:
+        """Detach; twice is fine."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def attach_link(program: Program, ifindex: int, native: bool = True) -> Link:
+    """Attach by bpf_link; falls back from native to generic. EBUSY when another program is there."""
+    options = ffi.new("struct bpf_link_create_opts *")
+    options.sz = ffi.sizeof("struct bpf_link_create_opts")
+    code = -errno.EOPNOTSUPP
+    for mode in (FLAG_NATIVE, FLAG_GENERIC) if native else (FLAG_GENERIC,):
+        options.flags = mode
+        code = lib.bpf_link_create(program.fd, ifindex, BPF_XDP, options)
+        if code >= 0:
+            return Link(code, ifindex, mode == FLAG_NATIVE)
+        if -code not in _REFUSED:
+            break
+    raise KernelError(f"bpf_link_create({program.name}, ifindex {ifindex})", code)
+
+
+def attach_netlink(program: Program, ifindex: int, native: bool = True) -> Attached:
+    """Attach by netlink, in the place of what is there; falls back from native to generic."""
+    code = -errno.EOPNOTSUPP
+    for mode in (FLAG_NATIVE, FLAG_GENERIC) if native else (FLAG_GENERIC,):
+        code = lib.bpf_xdp_attach(ifindex, program.fd, mode, ffi.NULL)
+        if code == 0:
+            found = query(ifindex)
+            return Attached(found.program_id if found else 0, mode == FLAG_NATIVE)
+        if -code not in _REFUSED:
+            break
+    raise KernelError(f"attaching {program.name} to ifindex {ifindex}", code)
+
+
+def detach_netlink(ifindex: int) -> None:
+    """Detach whatever was attached by netlink. Raises KernelError (ENODEV: no such device)."""
+    found = query(ifindex)
+    if found is None:
+        return
+    flags = FLAG_NATIVE if found.native else FLAG_GENERIC
+    code = lib.bpf_xdp_detach(ifindex, flags, ffi.NULL)
+    if code < 0:
+        raise KernelError(f"detaching XDP from ifindex {ifindex}", code)
+
+
+def query(ifindex: int) -> Attached | None:
+    """Return what is attached to a device, None for nothing."""
+    options = ffi.new("struct bpf_xdp_query_opts *")
+    options.sz = ffi.sizeof("struct bpf_xdp_query_opts")
+    code = lib.bpf_xdp_query(ifindex, 0, options)
+    if code < 0:
+        raise KernelError(f"asking for XDP on ifindex {ifindex}", code)
+    if options.drv_prog_id:
+        return Attached(options.drv_prog_id, True)
+    if options.skb_prog_id:
+        return Attached(options.skb_prog_id, False)
+    return None

@@ -1,0 +1,105 @@
+"""BPF objects: a file as it is (ObjectSpec), and loaded into the kernel (BpfObject).
+
+Rule: a spec depends on nothing but the file; whatever depends on the running kernel happens when an
+object is made from it.
+
+Theory. libbpf does relocation and BTF. The verifier's log goes into our buffer, so that a refusal
+comes back as an error with its last useful lines rather than as pages on stderr.
+"""
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from xdp.errors import KernelError, VerifierError
+from xdp.libbpf import ffi, lib, text
+from xdp.maps import Map
+
+LOG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ObjectSpec:
+    """An ELF file with BPF programs."""
+
+    path: Path
+
+    @classmethod
+    def load(cls, path: Path | str) -> "ObjectSpec":
+        """Read nothing yet but that the file is there; FileNotFoundError otherwise."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: run `make build`")
+        return cls(path)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A loaded program."""
+
+    name: str
+    fd: int
+
+
+class BpfObject:
+    """A loaded object: owner of its programs and maps until `close`."""
+
+    def __init__(self, spec: ObjectSpec) -> None:
+        """Load into the kernel. Raises VerifierError or KernelError."""
+        self._log = ffi.new("char[]", LOG_BYTES)
+        options = ffi.new("struct bpf_object_open_opts *")
+        options.sz = ffi.sizeof("struct bpf_object_open_opts")
+        options.kernel_log_buf = self._log
+        options.kernel_log_size = LOG_BYTES
+        options.kernel_log_level = 1
+        self._object = lib.bpf_object__open_file(str(spec.path).encode(), options)
+        if self._object == ffi.NULL:
+            raise KernelError(f"opening {spec.path}", ffi.errno or errno.EINVAL)
+        code = lib.bpf_object__load(self._object)
+        if code < 0:
+            log = ffi.string(self._log).decode(errors="replace")
+            lib.bpf_object__close(self._object)
+            self._object = ffi.NULL
+            if log.strip():
+                raise VerifierError(spec.path.name, code, log)
+            raise KernelError(f"loading {spec.path}", code)
+        self.programs = {program.name: program for program in self._programs()}
+        self.maps = {entry.name: entry for entry in self._maps()}
+
+    def _programs(self):
+        item = lib.bpf_object__next_program(self._object, ffi.NULL)
+        while item != ffi.NULL:
+            yield Program(text(lib.bpf_program__name(item)), lib.bpf_program__fd(item))
+            item = lib.bpf_object__next_program(self._object, item)
+
+    def _maps(self):
+        item = lib.bpf_object__next_map(self._object, ffi.NULL)
+        while item != ffi.NULL:
+            yield Map(
+                text(lib.bpf_map__name(item)),
+                lib.bpf_map__fd(item),
+                lib.bpf_map__key_size(item),
+                lib.bpf_map__value_size(item),
+                lib.bpf_map__max_entries(item),
+            )
+            item = lib.bpf_object__next_map(self._object, item)
+
+    def close(self) -> None:
+        """Give programs and maps back; what is attached by netlink stays attached."""
+        if self._object != ffi.NULL:
+            for entry in self.maps.values():
+                entry.unmap()
+            lib.bpf_object__close(self._object)
+            self._object = ffi.NULL
+
+    def __enter__(self) -> "BpfObject":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
