@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+/* Steering: which packets go to the forwarder's AF_XDP sockets.
+ *
+ * Rule: a pod's packet goes to our socket or is dropped; a packet of the node on an uplink passes
+ * to the kernel unless it is certainly ours and a forwarder is alive.
+ *
+ * Theory. Nothing is decided here but the way: every decision about a packet is made once, in the
+ * vector kernels. pod_rx looks at nothing. uplink_rx takes UDP packets to the tunnel port at one of
+ * our underlay addresses, and with direct routing packets to our pod prefixes; packets with IPv4
+ * options, fragments and IPv6 extension headers are never tunnel packets of ours and pass.
+ */
+#include <linux/types.h>
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/in.h>
+#include <linux/udp.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include "abi.h"
+
+struct {
+  __uint(type, BPF_MAP_TYPE_XSKMAP);
+  __uint(max_entries, SOCKETS_MAX);
+  __type(key, __u32);
+  __type(value, __u32);
+} xsks SEC(".maps");
+
+struct {
+  __uint(type, BPF_MAP_TYPE_HASH);
+  __uint(max_entries, PORTS_MAX);
+  __type(key, __u32);
+  __type(value, struct xdp_port);
+} xdp_ports SEC(".maps");
+
+struct {
+  __uint(type, BPF_MAP_TYPE_ARRAY);
+  __uint(max_entries, 1);
+  __uint(map_flags, BPF_F_MMAPABLE);
+  __type(key, __u32);
+  __type(value, struct steering);
+} steering SEC(".maps");
+
+static __always_inline int to_socket(struct xdp_md *ctx, int otherwise)
+{
+  __u32 ifindex = ctx->ingress_ifindex;
+  struct xdp_port *port = bpf_map_lookup_elem(&xdp_ports, &ifindex);
+
+  if (!port || ctx->rx_queue_index >= port->queue_count)
+    return otherwise;
+  return bpf_redirect_map(&xsks, port->socket_base + ctx->rx_queue_index, otherwise);
+}
+
+SEC("xdp.frags")
+int pod_rx(struct xdp_md *ctx)
+{
+  return to_socket(ctx, XDP_DROP);
+}
+
+static __always_inline int is_alive(const struct steering *s)
+{
+  if (!s->timeout_ns)
+    return 1;
+  return bpf_ktime_get_ns() - s->heartbeat_ns < s->timeout_ns;
+}
+
+static __always_inline int in_prefix(const struct steer_prefix *prefix, const __u32 *address, int words)
+{
+  const __u32 *net = (const __u32 *)prefix->address;
+  const __u32 *mask = (const __u32 *)prefix->mask;
+
+#pragma unroll
+  for (int w = 0; w < 4; w++)
+    if (w < words && (address[w] & mask[w]) != net[w])
+      return 0;
+  return 1;
+}
+
+static __always_inline int ours4(const struct steering *s, const struct iphdr *ip, void *end)
+{
+  __u32 target = ip->daddr;
+
+  for (__u32 n = 0; n < PREFIXES_MAX && n < s->prefix4_count; n++)
+    if (in_prefix(&s->prefix4[n], &target, 1))
+      return 1;
+  if (!s->tunnel_port_be || ip->ihl != 5 || ip->protocol != IPPROTO_UDP ||
+      (ip->frag_off & bpf_htons(0x3fff)))
+    return 0;
+
+  const struct udphdr *udp = (void *)(ip + 1);
+
+  if ((void *)(udp + 1) > end || udp->dest != (__u16)s->tunnel_port_be)
+    return 0;
+  for (__u32 n = 0; n < LOCALS_MAX && n < s->local4_count; n++)
+    if (s->local4_be[n] == target)
+      return 1;
+  return 0;
+}
+
+static __always_inline int ours6(const struct steering *s, const struct ipv6hdr *ip, void *end)
+{
+  __u32 target[4];
+
+  __builtin_memcpy(target, &ip->daddr, sizeof(target));
+  for (__u32 n = 0; n < PREFIXES_MAX && n < s->prefix6_count; n++)
+    if (in_prefix(&s->prefix6[n], target, 4))
+      return 1;
+  if (!s->tunnel_port_be || ip->nexthdr != IPPROTO_UDP)
+    return 0;
+
+  const struct udphdr *udp = (void *)(ip + 1);
+
+  if ((void *)(udp + 1) > end || udp->dest != (__u16)s->tunnel_port_be)
+    return 0;
+  for (__u32 n = 0; n < LOCALS_MAX && n < s->local6_count; n++) {
+    const __u32 *local = (const __u32 *)&s->local6[n * 16];
+
+    if (local[0] == target[0] && local[1] == target[1] && local[2] == target[2] &&
+        local[3] == target[3])
+      return 1;
+  }
+  return 0;
+}
+
+SEC("xdp.frags")
+int uplink_rx(struct xdp_md *ctx)
+{
+  void *data = (void *)(long)ctx->data;
+  void *end = (void *)(long)ctx->data_end;
+  const struct ethhdr *eth = data;
+  __u32 zero = 0;
+  const struct steering *s = bpf_map_lookup_elem(&steering, &zero);
+  int ours = 0;
+
+  if (!s || (void *)(eth + 1) > end || (eth->h_dest[0] & 1))
+    return XDP_PASS;
+  if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+    const struct iphdr *ip = (void *)(eth + 1);
+
+    if ((void *)(ip + 1) <= end)
+      ours = ours4(s, ip, end);
+  } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
+    const struct ipv6hdr *ip = (void *)(eth + 1);
+
+    if ((void *)(ip + 1) <= end)
+      ours = ours6(s, ip, end);
+  }
+  if (!ours || !is_alive(s))
+    return XDP_PASS;
+  return to_socket(ctx, XDP_PASS);
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";
