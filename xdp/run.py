@@ -27,7 +27,11 @@ class RunResult:
 
 
 def prog_run(
-    program: Program, data: bytes, repeat: int = 1, ingress_ifindex: int | None = None, queue: int = 0
+    program: Program,
+    data: bytes,
+    repeat: int = 1,
+    ingress_ifindex: int | None = None,
+    queue: int = 0,
 ) -> RunResult:
     """Run a program on a packet and return its verdict, the packet, and ns a run."""
     options = ffi.new("struct bpf_test_run_opts *")

@@ -102,9 +102,7 @@ class Xsk:
             raise KernelError("socket(AF_XDP)", error.errno or errno.EPERM) from error
         self.fd = self._socket.fileno()
         # struct xdp_umem_reg: address, length, chunk_size, headroom, flags, tx_metadata_len
-        reg = struct.pack(
-            "=QQIIII", umem.address, umem.size, CONST["FRAME_SIZE"], 0, UNALIGNED, 0
-        )
+        reg = struct.pack("=QQIIII", umem.address, umem.size, CONST["FRAME_SIZE"], 0, UNALIGNED, 0)
         call = f"{self._where}: XDP_UMEM_REG({umem.size} bytes)"
         libc.set_option(self.fd, SOL_XDP, UMEM_REG, reg, call)
         sizes = {"rx": ring_size, "tx": ring_size, "fill": fill_size, "completion": ring_size}
@@ -124,9 +122,7 @@ class Xsk:
         producer, consumer, descriptors, flags = offsets
         width = 16 if name in ("rx", "tx") else 8
         length = descriptors + size * width
-        where = libc.mmap(
-            length, libc.MAP_SHARED | libc.MAP_POPULATE, self.fd, PAGE_OFFSETS[name]
-        )
+        where = libc.mmap(length, libc.MAP_SHARED | libc.MAP_POPULATE, self.fd, PAGE_OFFSETS[name])
         self._mapped.append((where, length))
         return Ring(where + producer, where + consumer, where + flags, where + descriptors, size)
 
@@ -136,9 +132,7 @@ class Xsk:
         # struct sockaddr_xdp: family, flags, ifindex, queue, shared fd
         address = struct.pack("=HHIII", AF_XDP, flags, self.ifindex, self.queue, 0)
         mode = "zero-copy" if zero_copy else "copy"
-        libc.check(
-            libc.lib.bind(self.fd, address, len(address)), f"{self._where}: bind ({mode})"
-        )
+        libc.check(libc.lib.bind(self.fd, address, len(address)), f"{self._where}: bind ({mode})")
         self.zero_copy, self.sg, self.need_wakeup = zero_copy, sg, need_wakeup
 
     def _tune(self, ring_size: int, busy_poll_us: int) -> None:

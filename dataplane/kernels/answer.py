@@ -33,7 +33,6 @@ from dataplane.kernels.house import (
     load8,
     load16be,
     load32be,
-    load64be,
     store8,
     store16be,
     store32be,

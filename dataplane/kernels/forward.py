@@ -26,7 +26,6 @@ from dataplane.kernels.house import (
     fold16,
     inline,
     kernel,
-    load8,
     load16be,
     load64,
     prefetch,

@@ -11,6 +11,7 @@ fragment. A packet that came through an uplink is for this node; it does not go 
 import numpy as np
 
 from dataplane.kernels import wire
+from dataplane.kernels.admit import is_gateway_solicitation
 from dataplane.kernels.batch import (
     FLAG_ANSWER,
     FLAG_ICMP_ERROR,
@@ -22,7 +23,6 @@ from dataplane.kernels.batch import (
     KIND_IP6,
     VERDICT_PENDING,
 )
-from dataplane.kernels.admit import is_gateway_solicitation
 from dataplane.kernels.house import inline, kernel, prefetch
 from dataplane.kernels.parse import drop
 from xdp.abi import value

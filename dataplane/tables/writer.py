@@ -1,0 +1,172 @@
+"""The one writer of the tables.
+
+Rule: whatever is written is a difference to what stands; writing the same again writes nothing.
+
+Theory. The control plane says what should stand (`set_node`, `replace_ports`, `replace_routes`); the
+writer knows what does, also after a restart, because rows and routes are read back from shared
+memory. `publish` increments the generations that the forwarder watches.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Any
+
+import numpy as np
+
+from dataplane.tables.adjacencies import MASK64, Adjacencies, TableFull
+from dataplane.tables.fib4 import Fib4
+from dataplane.tables.fib6 import Fib6
+from dataplane.tables.model import Adjacency, Port
+from dataplane.tables.shm import Shm
+from xdp.abi import CONST, value
+
+Network = IPv4Network | IPv6Network
+PORT_ACTIVE = value("PORT_ACTIVE")
+PORT_EMPTY = value("PORT_EMPTY")
+
+
+class TableWriter:
+    """Writer of node, ports and routes in a writable Shm."""
+
+    def __init__(self, shm: Shm, clock: Callable[[], float] = time.monotonic) -> None:
+        """Read back what stands."""
+        self.shm = shm
+        self._adjacencies = Adjacencies(shm.adjacencies, shm.rewrites, clock)
+        self._fib4 = Fib4(shm.fib4_wide, shm.fib4_deep, clock)
+        self._fib6 = Fib6(shm.fib6, shm.fib6_lengths)
+        self._changed = self._ports_changed = False
+
+    # --- the node row and the ports -------------------------------------------------------------
+
+    def set_node(self, **fields: Any) -> bool:
+        """Set members of struct node; bytes for MACs. Return whether something changed."""
+        row = self.shm.node[0]
+        before = row.tobytes()
+        for name, given in fields.items():
+            row[name] = np.frombuffer(given, np.uint8) if isinstance(given, bytes) else given
+        changed = row.tobytes() != before
+        self._changed |= changed
+        return changed
+
+    def ports(self) -> dict[int, Port]:
+        """Return the ports that stand, by index."""
+        rows = self.shm.ports
+        return {int(i): _port(rows[i]) for i in np.flatnonzero(rows["state"] == PORT_ACTIVE)}
+
+    def set_port(self, index: int, port: Port) -> bool:
+        """Write row `index`; return whether something changed."""
+        if not 0 <= index < CONST["PORTS_MAX"]:
+            raise TableFull(
+                f"port index {index}: limit {CONST['PORTS_MAX']} ports a node (PORTS_MAX)"
+            )
+        row = self.shm.ports[index]
+        fresh = _row(port, row.dtype)
+        if fresh.tobytes() == row.tobytes():
+            return False
+        row["state"] = PORT_EMPTY
+        for name in row.dtype.names:
+            if name != "state":
+                row[name] = fresh[name]
+        row["state"] = PORT_ACTIVE
+        self._changed = self._ports_changed = True
+        return True
+
+    def clear_port(self, index: int) -> bool:
+        """Empty row `index`; return whether something changed."""
+        row = self.shm.ports[index]
+        if row["state"] == PORT_EMPTY:
+            return False
+        row["state"] = PORT_EMPTY
+        self._changed = self._ports_changed = True
+        return True
+
+    # --- routes -----------------------------------------------------------------------------------
+
+    def routes(self) -> dict[Network, int]:
+        """Return every route that stands -> row of its adjacency."""
+        four = {IPv4Network(key): index for key, index in self._fib4.routes.items()}
+        six = {IPv6Network(key): index for key, index in self._fib6.routes.items()}
+        return {**four, **six}
+
+    def adjacency(self, index: int) -> np.void:
+        """Return row `index` of the adjacency table."""
+        return self.shm.adjacencies[index]
+
+    def set_route(self, network: Network, adjacency: Adjacency) -> bool:
+        """Add or replace one route. Raises TableFull. Return whether something changed."""
+        index = self._adjacencies.intern(adjacency, network.version)
+        fib = self._fib4 if network.version == 4 else self._fib6
+        key = (int(network.network_address), network.prefixlen)
+        if fib.routes.get(key) == index:
+            return False
+        fib.set(*key, index)
+        self._changed = True
+        return True
+
+    def delete_route(self, network: Network) -> bool:
+        """Delete one route; return whether there was one."""
+        fib = self._fib4 if network.version == 4 else self._fib6
+        gone = fib.delete(int(network.network_address), network.prefixlen)
+        self._changed |= gone
+        return gone
+
+    def replace_routes(self, wanted: Mapping[Network, Adjacency]) -> list[str]:
+        """Make the routes these and no others; return what changed, printable.
+
+        Short prefixes first, so that a bulk load writes each word a few times at most. Raises
+        TableFull when one does not fit: those before it stand, none of the old ones was deleted.
+        """
+        changes = []
+        for network in sorted(wanted, key=lambda net: (net.version, net.prefixlen)):
+            if self.set_route(network, wanted[network]):
+                changes.append(f"route {network}")
+        for fib, make in ((self._fib4, IPv4Network), (self._fib6, IPv6Network)):
+            for key in list(fib.routes):
+                network = make(key)
+                if network not in wanted:
+                    self.delete_route(network)
+                    changes.append(f"no route {network}")
+        used = set(self._fib4.routes.values()) | set(self._fib6.routes.values())
+        self._adjacencies.keep(used)
+        return changes
+
+    def publish(self) -> bool:
+        """Tell readers that something changed, if it did; return whether it did."""
+        control = self.shm.control[0]
+        changed = self._changed or control["generation"] == 0
+        if self._ports_changed or control["ports_generation"] == 0:
+            control["ports_generation"] += 1
+        if changed:
+            control["generation"] += 1
+        self._changed = self._ports_changed = False
+        return bool(changed)
+
+
+def _row(port: Port, dtype: np.dtype) -> np.ndarray:
+    row = np.zeros((), dtype)
+    row["state"], row["kind"], row["queue_count"] = PORT_ACTIVE, port.kind, port.queue_count
+    row["ifindex"], row["mtu"], row["endpoint"] = port.ifindex, port.mtu, port.endpoint
+    row["mac"] = np.frombuffer(port.mac, np.uint8)
+    row["peer_mac"] = np.frombuffer(port.peer_mac, np.uint8)
+    row["address4"] = int(port.address4) if port.address4 else 0
+    six = int(port.address6) if port.address6 else 0
+    row["address6_hi"], row["address6_lo"] = six >> 64, six & MASK64
+    row["name"] = port.name.encode()
+    return row
+
+
+def _port(row: np.void) -> Port:
+    six = int(row["address6_hi"]) << 64 | int(row["address6_lo"])
+    return Port(
+        kind=int(row["kind"]),
+        name=row["name"].decode(),
+        ifindex=int(row["ifindex"]),
+        mtu=int(row["mtu"]),
+        queue_count=int(row["queue_count"]),
+        mac=row["mac"].tobytes(),
+        peer_mac=row["peer_mac"].tobytes(),
+        address4=IPv4Address(int(row["address4"])) if row["address4"] else None,
+        address6=IPv6Address(six) if six else None,
+        endpoint=int(row["endpoint"]),
+    )
