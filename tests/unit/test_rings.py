@@ -103,7 +103,7 @@ def test_a_packet_of_many_segments_arrives_whole(world):
 
 
 def test_too_many_segments_are_dropped_with_their_reason(world):
-    world.xsks[0].deliver(bytes(3840 * 4), segment=200)
+    world.xsks[0].deliver(bytes(3840 * 4), segment=600)
     count = _receive(world.batch, world.rings)
     assert count == 1
     assert world.batch.verdict[0] == VERDICT_DROP

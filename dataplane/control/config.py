@@ -1,0 +1,192 @@
+"""The one configuration file.
+
+Rule: every option has a default, a meaning and a check here; an unknown one is refused by name.
+
+Theory. YAML into pydantic models. A value that makes no sense is refused at the start, with the
+option, the value and the limit, rather than found under traffic. `describe` writes the documented
+default file that `penstock config default` prints.
+"""
+
+import os
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+DEFAULT_PATH = Path("/etc/penstock/config.yaml")
+TUNNEL_PORTS = {"vxlan": 8472, "geneve": 6081}  # Cilium's defaults; IANA's VXLAN port is 4789
+
+
+class ConfigError(Exception):
+    """The file cannot be used; the message names file, option and limit."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Cni(_Section):
+    """Where the container runtime looks."""
+
+    bin_dir: Path = Field(Path("/opt/cni/bin"), description="folder of the runtime's plugins")
+    conf_dir: Path = Field(Path("/etc/cni/net.d"), description="folder of its configuration")
+    name: str = Field("penstock", description="network name in the conflist")
+
+
+class NodeSection(_Section):
+    """This node."""
+
+    name: str = Field(default_factory=lambda: os.uname().nodename, description="its Node object")
+    run_dir: Path = Field(Path("/run/penstock"), description="sockets and shared memory; tmpfs")
+    state_dir: Path = Field(Path("/var/lib/penstock"), description="leases and endpoints")
+    cni: Cni = Field(default_factory=Cni)
+
+
+class Pool(_Section):
+    """A cluster pool of one family."""
+
+    cidr: str = Field(description="network that node CIDRs are carved from")
+    mask_size: int = Field(description="prefix length of a node's part")
+
+
+class Network(_Section):
+    """How pods are reached."""
+
+    mode: Literal["overlay", "direct"] = Field(
+        "overlay", description="overlay: through a tunnel; direct: pod addresses routed in the underlay"
+    )
+    tunnel: Literal["vxlan", "geneve"] = Field("vxlan", description="overlay's encapsulation")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        0, description="UDP port of the tunnel; 0: 8472 for vxlan, 6081 for geneve"
+    )
+    vni: Annotated[int, Field(ge=0, lt=1 << 24)] = Field(1, description="virtual network identifier")
+    underlay_family: Literal[4, 6] = Field(4, description="IP version of the outer header")
+    uplinks: list[str] = Field(
+        default_factory=list, description="devices to other nodes; empty: those with our InternalIPs"
+    )
+    cluster_cidrs: list[str] = Field(
+        default_factory=lambda: ["10.244.0.0/16", "fd00:244::/48"],
+        description="all pod addresses of the cluster, one network a family",
+    )
+    pools: list[Pool] = Field(
+        default_factory=list, description="carve node CIDRs here when Nodes have no podCIDRs"
+    )
+    mtu: int = Field(0, ge=0, le=65000, description="path MTU between nodes; 0: uplink less overhead")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Network":
+        for text in [*self.cluster_cidrs, *(pool.cidr for pool in self.pools)]:
+            ip_network(text)
+        if self.mtu and self.mtu < 1280:
+            raise ValueError(f"mtu {self.mtu}: IPv6 needs at least 1280 (RFC 8200 5)")
+        return self
+
+    @property
+    def tunnel_port(self) -> int:
+        """UDP port of the tunnel, host order."""
+        return self.port or TUNNEL_PORTS[self.tunnel]
+
+    @property
+    def clusters(self) -> list[IPv4Network | IPv6Network]:
+        """cluster_cidrs as networks."""
+        return [ip_network(text) for text in self.cluster_cidrs]
+
+
+class Source(_Section):
+    """Where Kubernetes objects come from."""
+
+    folder: Path = Field(Path("/etc/penstock/manifests"), description="folder of YAML manifests")
+
+
+class ForwarderSection(_Section):
+    """The forwarding process."""
+
+    workers: Annotated[int, Field(ge=0, le=16)] = Field(
+        0, description="forwarding threads; 0: one for each uplink queue, at most the CPUs"
+    )
+    frames: Annotated[int, Field(ge=1024, le=1 << 22)] = Field(
+        16384, description="packet buffers of 4 KiB"
+    )
+    spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        50, description="idle time before a worker sleeps"
+    )
+    watchdog_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
+        3000, description="without a heartbeat for so long the uplink is the kernel's; 0: never"
+    )
+    error_rate: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        1000, description="ICMP errors and echo replies a second, a worker"
+    )
+    error_burst: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        200, description="and at once"
+    )
+
+
+class Config(_Section):
+    """The whole file."""
+
+    node: NodeSection = Field(default_factory=NodeSection)
+    network: Network = Field(default_factory=Network)
+    source: Source = Field(default_factory=Source)
+    forwarder: ForwarderSection = Field(default_factory=ForwarderSection)
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level that is logged"
+    )
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of sockets and shared memory."""
+        return self.node.run_dir
+
+    @property
+    def state_dir(self) -> Path:
+        """Folder of leases and endpoints."""
+        return self.node.state_dir
+
+
+def load(path: Path | None) -> Config:
+    """Read and check a file; None: the default path, or all defaults when that is not there.
+
+    Raises ConfigError.
+    """
+    if path is None:
+        if not DEFAULT_PATH.exists():
+            return Config()
+        path = DEFAULT_PATH
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if raw is not None and not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, is {type(raw).__name__}")
+    try:
+        return Config.model_validate(raw or {})
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in item['loc']) or 'file'}: {item['msg']} "
+            f"(is {item['input']!r})"
+            for item in error.errors()
+        ]
+        raise ConfigError(f"{path}: " + "; ".join(lines)) from error
+
+
+def describe() -> str:
+    """Return the default file as YAML with a comment at every option."""
+    lines = ["# Penstock's configuration: the defaults. Every option may be left out."]
+    _describe(Config(), lines, "")
+    return "\n".join(lines) + "\n"
+
+
+def _describe(section: BaseModel, lines: list[str], indent: str) -> None:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            lines.append(f"{indent}{name}:  # {(type(value).__doc__ or '').strip()}")
+            _describe(value, lines, indent + "  ")
+        else:
+            plain = str(value) if isinstance(value, Path) else value
+            text = yaml.safe_dump(plain, default_flow_style=True).replace("\n...", "").strip()
+            lines.append(f"{indent}{name}: {text}  # {field.description}")
