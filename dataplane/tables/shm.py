@@ -1,57 +1,70 @@
-"""Tables and counters in files that the agent and the forwarder both map.
+"""Tables and counters in files that the agent and the forwarder map.
 
-Rule: the files outlive both processes; whoever maps them checks that the layout is its own.
+Rule: shared memory is arrays of the types of xdp/abi.h and nothing else; what does not match in
+version or size is not mapped.
 
-Theory. RUN_DIR/shm holds one sparse file an array, each with the dtype of xdp/abi.h and no header;
-`layout` names the version and sizes. On tmpfs a page costs memory once it is written, so the 64 MiB
-of the IPv4 table cost what its routes touch. On a disk file system each store may dirty a page to
-be written back (about 70 ns a packet): `on_tmpfs` tells.
+Theory. Each array is a sparse file in RUN_DIR/shm, so an empty route table of 256 MiB takes no
+memory, and a process that dies leaves it to the next one. The file `layout` says what the others
+hold; it is written last. Files of another layout are unlinked, not overwritten: a process that
+still maps them keeps its own. RUN_DIR belongs on tmpfs (on ext4 the dirty-page bookkeeping costs a
+busy forwarder about 70 ns a packet). A hole is read through the file, never through the mapping: a
+touched page of a mapping is a page taken.
 """
 
+import contextlib
 import json
+import math
 import mmap
 import os
-import shutil
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
+from typing import Any
 
 import numpy as np
 
+from dataplane.tables.errors import LayoutError, NotRunningError, TableError
 from xdp.abi import CONST, DTYPE
 
-_U32, _U64, _U8 = np.dtype("<u4"), np.dtype("<u8"), np.dtype("u1")
-ARRAYS: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
-    "control": (DTYPE["control"], (1,)),
-    "node": (DTYPE["node"], (1,)),
-    "ports": (DTYPE["port"], (CONST["PORTS_MAX"],)),
-    "adjacencies": (DTYPE["adjacency"], (CONST["ADJACENCIES_MAX"],)),
-    "rewrites": (_U8, (CONST["ADJACENCIES_MAX"], CONST["HEADER_MAX"])),
-    "fib4_wide": (_U32, (CONST["FIB4_WIDE"],)),
-    "fib4_deep": (_U32, (CONST["FIB4_GROUPS"] * 256,)),
-    "fib6": (DTYPE["fib6_entry"], (CONST["FIB6_SLOTS"],)),
-    "fib6_lengths": (_U64, (4,)),
-    "reasons": (DTYPE["reason_counter"], (CONST["WORKERS_MAX"], 2, CONST["REASONS_MAX"])),
-    "port_counters": (DTYPE["port_counter"], (CONST["WORKERS_MAX"], CONST["PORTS_MAX"])),
-    "worker_stats": (DTYPE["worker_stats"], (CONST["WORKERS_MAX"],)),
-    "flows": (DTYPE["flow"], (CONST["WORKERS_MAX"], CONST["FLOWS_MAX"])),
-}
-"""Name of each array -> dtype, shape."""
+LAYOUT = "layout"
+FREE_LEAST = 96 << 20  # bytes: the counters, and a default route in fib4_wide
+
+_WORKERS = CONST["WORKERS_MAX"]
+_ADJACENCIES = CONST["ADJACENCIES_MAX"]
+
+ARRAYS = MappingProxyType(
+    {
+        "node": (DTYPE["node"], (1,)),
+        "ports": (DTYPE["port"], (CONST["PORTS_MAX"],)),
+        "adjacencies": (DTYPE["adjacency"], (_ADJACENCIES,)),
+        "rewrites": (np.dtype("u1"), (_ADJACENCIES, CONST["HEADER_MAX"])),
+        "fib4_wide": (np.dtype("<u4"), (CONST["FIB4_WIDE"],)),
+        "fib4_deep": (np.dtype("<u4"), (CONST["FIB4_GROUPS"] * 256,)),
+        "fib6": (DTYPE["fib6_entry"], (CONST["FIB6_SLOTS"],)),
+        "fib6_lengths": (np.dtype("<u8"), (4,)),
+        "control": (DTYPE["control"], (1,)),
+        "reasons": (DTYPE["reason_counter"], (_WORKERS, 2, CONST["REASONS_MAX"])),
+        "port_counters": (DTYPE["port_counter"], (_WORKERS, CONST["PORTS_MAX"])),
+        "worker_stats": (DTYPE["worker_stats"], (_WORKERS,)),
+        "flows": (DTYPE["flow"], (_WORKERS, CONST["FLOWS_MAX"])),
+    }
+)
+"""File -> dtype and shape of its array."""
 
 
-class LayoutError(Exception):
-    """The files were made by another version."""
+def _size(name: str) -> int:
+    dtype, shape = ARRAYS[name]
+    return dtype.itemsize * math.prod(shape)
 
 
-def _layout() -> dict[str, object]:
-    sizes = {name: [dtype.itemsize, list(shape)] for name, (dtype, shape) in ARRAYS.items()}
-    return {"abi": CONST["ABI_VERSION"], "arrays": sizes}
+def _layout() -> dict[str, Any]:
+    files = {name: [dtype.itemsize, *shape] for name, (dtype, shape) in ARRAYS.items()}
+    return {"abi_version": CONST["ABI_VERSION"], "files": files}
 
 
 class Shm:
-    """The mapped arrays, by name as attributes."""
+    """The arrays of one node; dtypes and shapes are those of ARRAYS. A context manager."""
 
-    control: np.ndarray
     node: np.ndarray
     ports: np.ndarray
     adjacencies: np.ndarray
@@ -60,76 +73,70 @@ class Shm:
     fib4_deep: np.ndarray
     fib6: np.ndarray
     fib6_lengths: np.ndarray
+    control: np.ndarray
     reasons: np.ndarray
     port_counters: np.ndarray
     worker_stats: np.ndarray
     flows: np.ndarray
 
     def __init__(self, folder: Path, writable: bool) -> None:
-        """Use `create` or `open`."""
+        """Map files whose layout has been checked; use create() or open()."""
         self.folder = folder
-        self._maps: list[mmap.mmap] = []
+        self.writable = writable
         for name, (dtype, shape) in ARRAYS.items():
-            size = dtype.itemsize * int(np.prod(shape))
-            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             with (folder / name).open("r+b" if writable else "rb") as file:
-                mapped = mmap.mmap(file.fileno(), size, access=access)
-            self._maps.append(mapped)
+                access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+                mapped = mmap.mmap(file.fileno(), _size(name), access=access)
             setattr(self, name, np.frombuffer(mapped, dtype).reshape(shape))
 
     @classmethod
     def create(cls, run_dir: Path) -> "Shm":
-        """Map for writing; make the files, or keep them when their layout is ours."""
+        """Map RUN_DIR/shm for writing, made anew only when it is missing or of another layout.
+
+        Raises TableError when there is no room, OSError when the folder cannot be made.
+        """
         folder = Path(run_dir) / "shm"
-        layout = folder / "layout"
-        if folder.exists() and _read(layout) != _layout():
-            shutil.rmtree(folder)
-        if not folder.exists():
-            fresh = folder.with_name(f"shm.{os.getpid()}")
-            fresh.mkdir(parents=True)
-            for name, (dtype, shape) in ARRAYS.items():
-                with (fresh / name).open("wb") as file:
-                    file.truncate(dtype.itemsize * int(np.prod(shape)))
-            (fresh / "layout").write_text(json.dumps(_layout()))
-            fresh.rename(folder)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if _problem(folder):
+            _make(folder)
         return cls(folder, writable=True)
 
     @classmethod
     def open(cls, run_dir: Path, writable: bool = False) -> "Shm":
-        """Map what is there. FileNotFoundError: no daemon has run here; LayoutError: another version."""
+        """Map what create() made. Raises NotRunningError when nothing is there, or LayoutError."""
         folder = Path(run_dir) / "shm"
-        found = _read(folder / "layout")
-        if found is None:
-            raise FileNotFoundError(
-                f"no tables in {folder}: Penstock has not run here; start it with `penstock run`"
+        if not (folder / LAYOUT).exists():
+            raise NotRunningError(
+                f"{folder} has no tables: the daemon has not run here; start `penstock run`, or "
+                "name its configuration with --config"
             )
-        if found != _layout():
-            raise LayoutError(
-                f"{folder} has layout version {found.get('abi')}, this is version "
-                f"{CONST['ABI_VERSION']}: restart the agent and the forwarder together"
-            )
+        problem = _problem(folder)
+        if problem:
+            raise LayoutError(f"{problem}; restart `penstock run`, which makes the tables anew")
         return cls(folder, writable)
 
     @property
     def on_tmpfs(self) -> bool:
-        """True when the files cost no disk."""
-        command = ["stat", "-f", "-c", "%T", str(self.folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip() in ("tmpfs", "ramfs", "hugetlbfs")
+        """Whether the files are memory; False: they are on a disk, which slows the forwarder."""
+        return _filesystem(self.folder) in ("tmpfs", "devtmpfs")
+
+    def extents(self, name: str) -> Iterator[tuple[int, int]]:
+        """Yield the (first, end) rows of an array's file that are not holes, in order."""
+        itemsize = ARRAYS[name][0].itemsize
+        with (self.folder / name).open("rb") as file, contextlib.suppress(OSError):
+            end = 0
+            while True:  # ENXIO at the last hole ends it
+                start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+                end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+                yield start // itemsize, -(-end // itemsize)
 
     def close(self) -> None:
-        """Forget the arrays; memory goes once nobody else holds a view."""
+        """Let go of the arrays; memory is unmapped when nobody else holds a view of it."""
         for name in ARRAYS:
-            if hasattr(self, name):
-                delattr(self, name)
-        for mapped in self._maps:
-            try:
-                mapped.close()
-            except BufferError:
-                continue  # a view is still alive: it keeps its mapping
-        self._maps.clear()
+            self.__dict__.pop(name, None)
 
     def __enter__(self) -> "Shm":
+        """Return itself."""
         return self
 
     def __exit__(
@@ -138,13 +145,52 @@ class Shm:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Close."""
         self.close()
 
 
-def _read(layout: Path) -> dict | None:
+def _problem(folder: Path) -> str:
+    """Return what is wrong with the files, in words; empty when they can be mapped."""
     try:
-        return json.loads(layout.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError:
-        return {}
+        found = json.loads((folder / LAYOUT).read_text())
+        sizes = {name: (folder / name).stat().st_size for name in ARRAYS}
+    except (OSError, ValueError) as error:
+        return f"{folder} cannot be read ({error})"
+    if found != _layout():
+        version = found.get("abi_version") if isinstance(found, dict) else None
+        return f"{folder} has ABI version {version}, this program {CONST['ABI_VERSION']}"
+    for name, size in sizes.items():
+        if size != _size(name):
+            return f"{folder / name} has {size} bytes instead of {_size(name)}"
+    return ""
+
+
+def _make(folder: Path) -> None:
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    if free < FREE_LEAST:
+        raise TableError(
+            f"{folder} has {free >> 20} MiB free, the tables need {FREE_LEAST >> 20} MiB or more: "
+            "enlarge the tmpfs (mount -o remount,size=...) or set node.run_dir to a larger one"
+        )
+    (folder / LAYOUT).unlink(missing_ok=True)
+    for name in ARRAYS:
+        path = folder / name
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, _size(name))
+        finally:
+            os.close(fd)
+    beside = folder / f".{LAYOUT}"
+    beside.write_text(json.dumps(_layout()))
+    beside.rename(folder / LAYOUT)
+
+
+def _filesystem(path: Path) -> str:
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == wanted:
+            return after.split()[0]
+    return ""
