@@ -55,16 +55,20 @@ class Network(_Section):
     """How pods are reached."""
 
     mode: Literal["overlay", "direct"] = Field(
-        "overlay", description="overlay: through a tunnel; direct: pod addresses routed in the underlay"
+        "overlay",
+        description="overlay: through a tunnel; direct: pod addresses routed in the underlay",
     )
     tunnel: Literal["vxlan", "geneve"] = Field("vxlan", description="overlay's encapsulation")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         0, description="UDP port of the tunnel; 0: 8472 for vxlan, 6081 for geneve"
     )
-    vni: Annotated[int, Field(ge=0, lt=1 << 24)] = Field(1, description="virtual network identifier")
+    vni: Annotated[int, Field(ge=0, lt=1 << 24)] = Field(
+        1, description="virtual network identifier"
+    )
     underlay_family: Literal[4, 6] = Field(4, description="IP version of the outer header")
     uplinks: list[str] = Field(
-        default_factory=list, description="devices to other nodes; empty: those with our InternalIPs"
+        default_factory=list,
+        description="devices to other nodes; empty: those with our InternalIPs",
     )
     cluster_cidrs: list[str] = Field(
         default_factory=lambda: ["10.244.0.0/16", "fd00:244::/48"],
@@ -73,7 +77,9 @@ class Network(_Section):
     pools: list[Pool] = Field(
         default_factory=list, description="carve node CIDRs here when Nodes have no podCIDRs"
     )
-    mtu: int = Field(0, ge=0, le=65000, description="path MTU between nodes; 0: uplink less overhead")
+    mtu: int = Field(
+        0, ge=0, le=65000, description="path MTU between nodes; 0: uplink less overhead"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Network":
@@ -118,9 +124,7 @@ class ForwarderSection(_Section):
     error_rate: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         1000, description="ICMP errors and echo replies a second, a worker"
     )
-    error_burst: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
-        200, description="and at once"
-    )
+    error_burst: Annotated[int, Field(ge=0, le=1_000_000)] = Field(200, description="and at once")
 
 
 class Config(_Section):

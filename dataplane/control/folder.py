@@ -1,0 +1,80 @@
+"""A folder of manifests as the source of objects: the embedded default, no cluster needed.
+
+Rule: a broken file changes nothing: its last good state stays, and `errors` says file, line and why.
+
+Theory. Every *.yaml, *.yml and *.json of the folder (multi-document, Lists too) is read when inotify
+says that something changed. Files are small and few, so all are read again; each keeps its last good
+manifests. A file that goes takes its objects with it.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from watchfiles import awatch
+
+from dataplane.control.objects import ManifestError, Objects, collect
+
+SUFFIXES = (".yaml", ".yml", ".json")
+STEP_MS = 200  # inotify's batch: an editor writes a file in several steps
+
+
+class FolderSource:
+    """Objects from YAML files."""
+
+    def __init__(self, folder: Path) -> None:
+        """The folder may appear later; until then there are no objects."""
+        self.folder = folder
+        self.errors: dict[str, str] = {}
+        self._good: dict[Path, list[Mapping[str, Any]]] = {}
+
+    def read(self) -> Objects:
+        """Read all files; a broken one keeps its last good state."""
+        paths = sorted(p for p in self.folder.glob("*") if p.suffix in SUFFIXES and p.is_file())
+        self.errors = {}
+        if not self.folder.is_dir():
+            self.errors[str(self.folder)] = "no such folder: create it or set source.folder"
+        for gone in self._good.keys() - set(paths):
+            del self._good[gone]
+        for path in paths:
+            try:
+                manifests = _manifests(path)
+                collect(manifests)
+                self._good[path] = manifests
+            except (ManifestError, OSError, UnicodeDecodeError) as error:
+                self.errors[str(path)] = str(error)
+            except yaml.YAMLError as error:
+                mark = getattr(error, "problem_mark", None)
+                line = f":{mark.line + 1}" if mark else ""
+                problem = getattr(error, "problem", None) or str(error)
+                self.errors[f"{path}{line}"] = f"not YAML: {problem}"
+        return collect([manifest for path in sorted(self._good) for manifest in self._good[path]])
+
+    async def changes(self) -> AsyncIterator[Objects]:
+        """Yield the objects now and after every change; ends never."""
+        yield self.read()
+        while True:
+            watched = self.folder if self.folder.is_dir() else _ancestor(self.folder)
+            async for _ in awatch(watched, step=STEP_MS, recursive=False, force_polling=False):
+                yield self.read()
+                if watched != self.folder and self.folder.is_dir():
+                    break
+            else:
+                return
+
+
+def _ancestor(folder: Path) -> Path:
+    return next(parent for parent in folder.parents if parent.is_dir())
+
+
+def _manifests(path: Path) -> list[Mapping[str, Any]]:
+    found: list[Mapping[str, Any]] = []
+    for document in yaml.safe_load_all(path.read_text()):
+        if document is None:
+            continue
+        if isinstance(document, Mapping) and str(document.get("kind", "")).endswith("List"):
+            found.extend(document.get("items") or [])
+        else:
+            found.append(document)
+    return found

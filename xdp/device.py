@@ -1,0 +1,51 @@
+"""What a network device is and can do, by ethtool's ioctl and sysfs.
+
+Rule: questions and small switches about devices of the calling thread's network namespace.
+
+Theory. linux/ethtool.h. veth offers checksum offload and hands packets over with a partial checksum,
+which the far end's stack trusts. A forwarder sees raw bytes and may send them to another node, so the
+checksum must be complete: ETHTOOL_STXCSUM makes the sender's kernel compute it.
+"""
+
+import ctypes
+import fcntl
+import socket
+import struct
+
+SIOCETHTOOL = 0x8946
+GET_DRIVER, GET_TX_CHECKSUM, SET_TX_CHECKSUM, GET_CHANNELS = 0x03, 0x16, 0x17, 0x3C
+
+
+def _ioctl(ifname: str, buffer: ctypes.Array) -> None:
+    request = struct.pack("16sP", ifname.encode(), ctypes.addressof(buffer))  # struct ifreq
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, SIOCETHTOOL, request)
+
+
+def checksum_is_on(ifname: str) -> bool:
+    """Whether the device leaves checksums to the hardware. Raises OSError."""
+    value = (ctypes.c_uint32 * 2)(GET_TX_CHECKSUM, 0)
+    _ioctl(ifname, value)
+    return value[1] != 0
+
+
+def checksum_off(ifname: str) -> None:
+    """Make the kernel complete the checksums of what the device sends. Raises OSError."""
+    _ioctl(ifname, (ctypes.c_uint32 * 2)(SET_TX_CHECKSUM, 0))
+
+
+def driver(ifname: str) -> str:
+    """Return the driver's name. Raises OSError."""
+    info = ctypes.create_string_buffer(struct.pack("=I", GET_DRIVER), 196)  # ethtool_drvinfo
+    _ioctl(ifname, info)
+    return info.raw[4:36].split(b"\0")[0].decode()
+
+
+def channels(ifname: str) -> int:
+    """Return how many receive queues the device has, at least 1."""
+    words = (ctypes.c_uint32 * 9)(GET_CHANNELS)
+    try:
+        _ioctl(ifname, words)
+    except OSError:
+        return 1
+    return max(1, words[5] + words[8])  # rx_count + combined_count
