@@ -2,7 +2,8 @@
 
 Rule: one search order for BPF objects and for the small C programs.
 
-Theory. An installed Penstock says where they are by PENSTOCK_LIB_DIR; a checkout has them in build/.
+Theory. An installed Penstock says where they are by PENSTOCK_LIB_DIR; a checkout has them in
+build/.
 """
 
 import os

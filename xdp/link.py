@@ -47,7 +47,7 @@ class Link:
 
 
 def attach_link(program: Program, ifindex: int, native: bool = True) -> Link:
-    """Attach by bpf_link; falls back from native to generic. EBUSY when another program is there."""
+    """Attach by bpf_link; falls back from native to generic. EBUSY: another program is there."""
     options = ffi.new("struct bpf_link_create_opts *")
     options.sz = ffi.sizeof("struct bpf_link_create_opts")
     code = -errno.EOPNOTSUPP

@@ -3,11 +3,11 @@
 Rule: this module sets sockets up and tears them down; packets are moved by whoever has the rings'
 addresses.
 
-Theory. Documentation/networking/af_xdp.rst, net/xdp/xsk.c. Every socket registers the same area as
-its own UMEM (decision 2). Binding asks for zero-copy where the device may have it, multi-buffer and
-need-wakeup, and gives up one after the other: what was reached stands in `zero_copy`, `sg`,
-`need_wakeup`. Copy-mode transmit takes one skb a descriptor, charged to the socket, 32 a call: so the
-send buffer and the budget are raised to a whole ring.
+Theory. Documentation/networking/af_xdp.rst, net/xdp/xsk.c. Every socket registers the same area
+as its own UMEM (decision 2). Binding asks for zero-copy where the device may have it, multi-
+buffer and need-wakeup, and gives up one after the other: what was reached stands in `zero_copy`,
+`sg`, `need_wakeup`. Copy-mode transmit takes one skb a descriptor, charged to the socket, 32 a
+call: so the send buffer and the budget are raised to a whole ring.
 """
 
 import errno

@@ -11,14 +11,13 @@ timed stage by stage; the sums are in worker_stats.
 """
 
 import numpy as np
-from numba import types
 
 from dataplane.engine.account import account
-from dataplane.engine.rings import STATE_FAILED, collect, flush, receive, transmit
+from dataplane.engine.rings import collect, flush, receive, transmit
 from dataplane.kernels.admit import admit
 from dataplane.kernels.answer import answer
 from dataplane.kernels.forward import forward
-from dataplane.kernels.house import inline, kernel, load32, load64, load64_acquire
+from dataplane.kernels.house import inline, kernel, load64_acquire, types
 from dataplane.kernels.judge import judge
 from dataplane.kernels.parse import parse
 from dataplane.kernels.route import route
@@ -27,9 +26,7 @@ from xdp.abi import value
 CLOCK_MONOTONIC = 1
 SAMPLE_MASK = 63  # every 64th step is timed
 SLEEP_MS = 1000  # longest sleep: the heartbeat is at most this old
-EPOLL_ERRORS = 0x018  # EPOLLERR | EPOLLHUP
 EVENTS_MAX = 64
-WAKE = -1  # epoll data of the event that only wakes the worker
 
 RECEIVE = value("STAGE_RECEIVE")
 PARSE = value("STAGE_PARSE")
@@ -54,10 +51,6 @@ sched_yield = types.ExternalFunction("sched_yield", types.intc())
 epoll_wait = types.ExternalFunction(
     "epoll_wait", types.intc(types.intc, types.intp, types.intc, types.intc)
 )
-epoll_ctl = types.ExternalFunction(
-    "epoll_ctl", types.intc(types.intc, types.intc, types.intc, types.intp)
-)
-EPOLL_CTL_DEL = 2
 
 
 @inline
@@ -137,17 +130,10 @@ def _publish_stats(r, c, now):
 
 
 @inline
-def _sleep(r, c, control):
-    """Wait for packets, the wake-up event or a second; a socket whose device died is set aside."""
+def _sleep(c, control):
+    """Wait for packets, the wake-up event, or a second. (A dead device wakes nobody: ports.py.)"""
     c.stats[0].polls += np.uint64(1)
-    events = control[CONTROL_EVENTS]
-    count = epoll_wait(control[CONTROL_EPOLL], events, EVENTS_MAX, SLEEP_MS)
-    for n in range(count):
-        at = events + n * 12  # struct epoll_event is packed: u32 events, u64 data
-        s = load64(at + 4)
-        if s != WAKE and load32(at) & EPOLL_ERRORS:
-            epoll_ctl(control[CONTROL_EPOLL], EPOLL_CTL_DEL, r.socks[s].fd, 0)
-            r.socks[s].state = STATE_FAILED
+    epoll_wait(control[CONTROL_EPOLL], control[CONTROL_EVENTS], EVENTS_MAX, SLEEP_MS)
 
 
 @kernel
@@ -172,6 +158,6 @@ def run(b, r, t, c, control):
             sched_yield()
             continue
         _publish_stats(r, c, now)
-        _sleep(r, c, control)
+        _sleep(c, control)
         last = _now(c)
     _publish_stats(r, c, now)

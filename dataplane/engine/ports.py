@@ -10,6 +10,7 @@ program in the place of the old. On an uplink it is a bpf_link and vanishes with
 order when opening is sockets, then map entries, then program; when closing, the reverse.
 """
 
+import socket
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -89,11 +90,12 @@ class Ports:
                 self._open[index] = self._start(index, row)
 
     def check(self) -> list[str]:
-        """Close the ports whose device has died; return their names."""
-        dead = {index for worker in self._workers for index in worker.call(worker.failed)}
+        """Close the ports whose device has died (nobody is told); return their names."""
+        present = {ifindex for ifindex, _ in socket.if_nameindex()}
         names = []
-        for index in dead & self._open.keys():
-            port = self._open[index]
+        for index, port in list(self._open.items()):
+            if port.ifindex in present or port.error:
+                continue
             names.append(port.name)
             self._close(port)
             port.error = f"device {port.name} (ifindex {port.ifindex}) is gone"

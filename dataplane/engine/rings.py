@@ -15,7 +15,6 @@ kernel sends in copy mode only when kicked: one sendto a socket a step, which ca
 from typing import NamedTuple
 
 import numpy as np
-from numba import types
 
 from dataplane.kernels.batch import SEGMENTS_MAX, VECTOR_MAX, VERDICT_DROP, VERDICT_SEND
 from dataplane.kernels.house import (
@@ -27,6 +26,7 @@ from dataplane.kernels.house import (
     store32,
     store32_release,
     store64,
+    types,
 )
 from xdp.abi import CONST, value
 
@@ -43,7 +43,6 @@ DONT_WAIT = 0x40  # MSG_DONTWAIT
 
 STATE_EMPTY = 0
 STATE_OPEN = 1
-STATE_FAILED = 2  # the device is gone; the control thread closes the socket
 
 REASON_OVERSIZE = value("REASON_OVERSIZE")
 REASON_TRANSMIT_FULL = value("REASON_TRANSMIT_FULL")

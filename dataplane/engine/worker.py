@@ -9,7 +9,6 @@ is such a function: rare, so it may take its time; traffic of the other sockets 
 millisecond at most.
 """
 
-import ctypes
 import os
 import queue
 import select
@@ -28,7 +27,6 @@ from dataplane.engine.rings import (
     FRAME_STRIDE,
     SOCKS_MAX,
     STATE_EMPTY,
-    STATE_FAILED,
     STATE_OPEN,
     make_rings,
 )
@@ -62,7 +60,7 @@ class Worker:
         self.control[loop.CONTROL_SPIN_NS] = spin_us * 1000
         self.control[loop.CONTROL_EVENTS] = self._events.ctypes.data
         self.control[loop.CONTROL_ADDRESS] = self.control.ctypes.data
-        _epoll_add(self._epoll.fileno(), self._wake, loop.WAKE)
+        self._epoll.register(self._wake, select.EPOLLIN)
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None]
         self._commands = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name=f"worker-{number}", daemon=True)
@@ -136,7 +134,7 @@ class Worker:
         if self.rings.port_sock[port] < 0:
             self.rings.port_sock[port] = index
         self._settle()
-        _epoll_add(self._epoll.fileno(), xsk.fd, index)
+        self._epoll.register(xsk.fd, select.EPOLLIN)
         return index
 
     def remove(self, index: int) -> int:
@@ -145,7 +143,7 @@ class Worker:
         try:
             self._epoll.unregister(int(sock["fd"]))
         except OSError:
-            pass  # already set aside by the loop
+            pass  # the fd is gone already
         port = int(sock["port"])
         sock["state"] = STATE_EMPTY
         if self.rings.port_sock[port] == index:
@@ -163,11 +161,6 @@ class Worker:
         self.rings.free_count[0] = count + len(held)
         self.rings.owner[held] = -1
         return len(held)
-
-    def failed(self) -> list[int]:
-        """Return the ports whose socket the loop has set aside because the device died."""
-        rows = self.rings.socks[self.rings.socks["state"] == STATE_FAILED]
-        return sorted({int(port) for port in rows["port"]})
 
     def _settle(self) -> None:
         active = np.flatnonzero(self.rings.socks["state"] == STATE_OPEN)
@@ -192,20 +185,3 @@ def make_tables(shm: Any) -> Tables:
         fib6_lengths=shm.fib6_lengths,
         buckets=np.zeros(4, np.int64),
     )
-
-
-class _EpollEvent(ctypes.Structure):
-    _pack_ = 1
-    _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_int64))
-
-
-EPOLL_CTL_ADD = 1  # sys/epoll.h
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _epoll_add(epoll: int, fd: int, data: int) -> None:
-    """Register fd with our own data word: Python's select.epoll always stores the fd."""
-    event = _EpollEvent(select.EPOLLIN, data)
-    if _libc.epoll_ctl(epoll, EPOLL_CTL_ADD, fd, ctypes.byref(event)):
-        code = ctypes.get_errno()
-        raise OSError(code, f"epoll_ctl(ADD, fd {fd}): {os.strerror(code)}")

@@ -3,11 +3,11 @@
 Rule: after this stage a packet's source address is one that its port may use.
 
 Theory. A pod sends with its own addresses only, and never to the tunnel's UDP port: it could
-forge packets of another node. The node's own stack is trusted. From an uplink come tunnel packets,
-which `decapsulate` opens, and, with direct routing, packets to our pods; a source of ours coming from
-outside is forged (RFC 2827), and an inner source must route back into the tunnel that it came from
-(RFC 3704, strict reverse path). Multicast is not forwarded; the one multicast that matters is the
-neighbour solicitation for the gateway, which `answer` takes up.
+forge packets of another node. The node's own stack is trusted. From an uplink come tunnel
+packets, which `decapsulate` opens, and, with direct routing, packets to our pods; a source of
+ours coming from outside is forged (RFC 2827), and an inner source must route back into the tunnel
+that it came from (RFC 3704, strict reverse path). Multicast is not forwarded; the one multicast
+that matters is the neighbour solicitation for the gateway, which `answer` takes up.
 """
 
 import numpy as np

@@ -2,12 +2,12 @@
 
 Rule: an answer is written over the packet that asked for it; nothing is allocated or copied.
 
-Theory. ARP and ND replies go back out of the port they came from. Echo replies and ICMP errors are
-IP packets to the old source: they get the route of that address and leave through `forward`, so they
-find their way into a tunnel too. An error quotes the packet from its IP header on, as much as fits
-576 bytes (RFC 1812 4.3.2.3) or 1280 (RFC 4443 3), and is written into the headroom before it. All
-answers but ARP and ND draw on one token bucket a worker (RFC 1812 4.3.2.8, RFC 4443 2.4 f): without a
-token the packet is dropped as rate limited.
+Theory. ARP and ND replies go back out of the port they came from. Echo replies and ICMP errors
+are IP packets to the old source: they get the route of that address and leave through `forward`,
+so they find their way into a tunnel too. An error quotes the packet from its IP header on, as
+much as fits 576 bytes (RFC 1812 4.3.2.3) or 1280 (RFC 4443 3), and is written into the headroom
+before it. All answers but ARP and ND draw on one token bucket a worker (RFC 1812 4.3.2.8, RFC
+4443 2.4 f): without a token the packet is dropped as rate limited.
 """
 
 import numpy as np

@@ -3,12 +3,12 @@
 Rule: what leaves here is complete; the engine only moves frame numbers.
 
 Theory. An adjacency's template is everything that stands before the IP packet on the way out: an
-Ethernet header, or Ethernet, IP, UDP, VXLAN or Geneve and inner Ethernet. It is copied over the old
-Ethernet header into the headroom; lengths, TOS, source port and the outer checksum are patched. The
-outer IPv4 checksum is the template's precomputed sum plus two words. The source port carries the
-inner flow's entropy (RFC 7348 5, RFC 8926 3.3), DF is set (RFC 7348 4.3), the outer UDP checksum is 0
-(RFC 6935 for IPv6), TTL is the template's 64, DSCP and ECN are copied (RFC 2983 uniform, RFC 6040
-normal mode). TTL's checksum change is incremental (RFC 1141, RFC 1624).
+Ethernet header, or Ethernet, IP, UDP, VXLAN or Geneve and inner Ethernet. It is copied over the
+old Ethernet header into the headroom; lengths, TOS, source port and the outer checksum are
+patched. The outer IPv4 checksum is the template's precomputed sum plus two words. The source port
+carries the inner flow's entropy (RFC 7348 5, RFC 8926 3.3), DF is set (RFC 7348 4.3), the outer
+UDP checksum is 0 (RFC 6935 for IPv6), TTL is the template's 64, DSCP and ECN are copied (RFC 2983
+uniform, RFC 6040 normal mode). TTL's checksum change is incremental (RFC 1141, RFC 1624).
 """
 
 import numpy as np

@@ -9,6 +9,9 @@ inlined by LLVM (alwaysinline), so a helper may take the whole Batch or Tables a
 Arithmetic is kept in int64: numba promotes uint64 + int64 to float64, so uint64 is used for
 address halves and hashes only, and only with other uint64.
 
+numba is imported here and nowhere else: it reads the cache folder's name when it is imported, so
+`cache.settle` must run first.
+
 Loads from packets are unaligned and big-endian; all go through here. Addresses of memory are plain
 int64 numbers (Umem.address + offset), which keeps array descriptors out of the loops.
 """

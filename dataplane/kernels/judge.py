@@ -84,9 +84,7 @@ def _judge_one(b, t, i):
         return
     if b.ip_length[i] > row.mtu:
         mtu = np.int64(row.mtu)
-        _refuse(
-            b, i, FRAGMENTATION_NEEDED, wire.ICMP_UNREACHABLE, 4, wire.ICMP6_TOO_BIG, 0, mtu
-        )
+        _refuse(b, i, FRAGMENTATION_NEEDED, wire.ICMP_UNREACHABLE, 4, wire.ICMP6_TOO_BIG, 0, mtu)
 
 
 @kernel

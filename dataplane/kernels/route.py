@@ -3,11 +3,11 @@
 Rule: a lookup reads one or two words for IPv4, and one run of slots a prefix length for IPv6; it
 returns 0 when there is no route.
 
-Theory. IPv4 is DIR-24-8 (Gupta, Lin, McKeown 1998; as rte_lpm): a word for each /24, and groups of
-256 words behind those that hold longer prefixes. IPv6 is a hash table whose key is (prefix, length);
-the lengths in use stand in a bitmap and are tried from the longest. A node has few distinct lengths
-(128 of its own pods, 64 of the nodes, 0), so few probes. Words are published last by the writer
-(dataplane/tables), so a reader sees the old route or the new.
+Theory. IPv4 is DIR-24-8 (Gupta, Lin, McKeown 1998; as rte_lpm): a word for each /24, and groups
+of 256 words behind those that hold longer prefixes. IPv6 is a hash table whose key is (prefix,
+length); the lengths in use stand in a bitmap and are tried from the longest. A node has few
+distinct lengths (128 of its own pods, 64 of the nodes, 0), so few probes. Words are published
+last by the writer (dataplane/tables), so a reader sees the old route or the new.
 """
 
 import numpy as np

@@ -2,9 +2,9 @@
 
 Rule: whatever is written is a difference to what stands; writing the same again writes nothing.
 
-Theory. The control plane says what should stand (`set_node`, `replace_ports`, `replace_routes`); the
-writer knows what does, also after a restart, because rows and routes are read back from shared
-memory. `publish` increments the generations that the forwarder watches.
+Theory. The control plane says what should stand (`set_node`, `replace_ports`, `replace_routes`);
+the writer knows what does, also after a restart, because rows and routes are read back from
+shared memory. `publish` increments the generations that the forwarder watches.
 """
 
 import time

@@ -96,7 +96,7 @@ class World:
         with inside(self.node):
             self.forwarder = Forwarder(self.shm, self.run_dir)
             ports = self.forwarder.sync()
-        assert all(port["ready"] for port in ports), ports
+        assert all(port["ready"] for port in ports), [port["error"] for port in ports]
 
     def _pod(self, pod: str, number: int, four: str, six: str) -> tuple[int, bytes]:
         sh(f"ip netns add {pod}")

@@ -57,6 +57,13 @@ def test_only_the_house_decorators_compile():
         assert not re.search(r"@(numba\.)?n?jit\b", path.read_text()), f"{path}: use @kernel"
 
 
+def test_only_the_house_imports_numba():
+    for path in SOURCES:
+        if path.name not in ("house.py", Path(__file__).name):
+            text = path.read_text()
+            assert not re.search(r"^(import|from) (numba|llvmlite)\b", text, re.MULTILINE), path
+
+
 def test_readme_names_real_targets():
     readme = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
