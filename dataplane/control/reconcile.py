@@ -63,7 +63,8 @@ class Reconciler:
         self._failures = 0
         self._state: dict[str, Any] = {"ready": False, "error": "starting", "problems": []}
         self.desired: Desired | None = None
-        self.changed = asyncio.Event()  # set after each turn
+        self.turns = 0
+        self._turned = asyncio.Event()
 
     # --- what others call ---------------------------------------------------------------------
 
@@ -87,9 +88,15 @@ class Reconciler:
         """Wait until the port of an endpoint stands and the forwarder follows. TimeoutError."""
         self.trigger(f"endpoint {number}")
         async with asyncio.timeout(timeout):
+            turn = self.turns
             while not self._stands_for(number):
-                self.changed.clear()
-                await self.changed.wait()
+                turn = await self.turned(turn)
+
+    async def turned(self, since: int) -> int:
+        """Wait until more than `since` turns are over; return their number."""
+        while self.turns == since:
+            await self._turned.wait()
+        return self.turns
 
     def _stands_for(self, number: int) -> bool:
         ports = self._stands.ports if self._stands else {}
@@ -162,7 +169,9 @@ class Reconciler:
                 self._failed(f"{type(error).__name__}: {error}")
             for action in done:
                 log.info("done", action=str(action))
-            self.changed.set()
+            self.turns += 1
+            self._turned.set()
+            self._turned = asyncio.Event()
             return done
 
     def _failed(self, message: str) -> None:

@@ -160,9 +160,9 @@ class Agent:
     async def _follow_node(self) -> None:
         """Once the node stands: pools, CNI server, conflist; then keep the pools in line."""
         serving = False
+        turn = 0
         while True:
-            await self.reconciler.changed.wait()
-            self.reconciler.changed.clear()
+            turn = await self.reconciler.turned(turn)
             wanted = self.reconciler.desired
             node = self.objects.nodes.get(self.config.node.name)
             if wanted is None or node is None or not self.reconciler.status()["ready"]:
