@@ -1,0 +1,142 @@
+"""`penstock run`: starts the agent and the forwarder, and starts them again.
+
+Rule: the two processes never depend on this one; killed together with it, they are taken up by the
+next run.
+
+Theory. A child that dies is restarted after a pause that grows from 0.1 s to 10 s; one that ran for a
+while starts afresh. Exit status 78 (EX_CONFIG) is not restarted: the message stands, the supervisor ends
+with it. The forwarder's heartbeat is in shared memory: a forwarder that is silent for too long hangs
+and is killed (the uplink has passed to the kernel meanwhile: steering.py). Children get SIGKILL when the
+supervisor dies (PR_SET_PDEATHSIG), so no forwarder runs without its supervisor.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import structlog
+
+from dataplane.control.config import Config
+from dataplane.daemon.lock import hold
+from dataplane.daemon.notify import EX_CONFIG, notify
+from dataplane.tables.shm import Shm
+
+PAUSES_S = (0.1, 0.2, 0.5, 1, 2, 5, 10)
+STEADY_S = 10.0  # a child that lived so long has not failed at its start
+STOP_S = 8.0
+LOOK_S = 1.0
+HANG_S = 6.0  # silence of a worker, which says something each second
+
+log = structlog.get_logger(subsys="run")
+PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Child:
+    """One process that is kept alive."""
+
+    def __init__(self, name: str, config: Path | None) -> None:
+        """name: the subcommand, `agent` or `forwarder`."""
+        self.name = name
+        self._command = [sys.executable, "-m", "dataplane.cli.main", name]
+        if config is not None:
+            self._command += ["--config", str(config)]
+        self.process: asyncio.subprocess.Process | None = None
+        self.started = 0.0
+        self.status = 0
+
+    async def keep(self, stop: asyncio.Event) -> None:
+        """Run until stop is set, or the child says that a restart does not help."""
+        failures = 0
+        while not stop.is_set():
+            self.started = time.monotonic()
+            self.process = await asyncio.create_subprocess_exec(
+                *self._command, preexec_fn=_die_with_parent
+            )
+            self.status = await self.process.wait()
+            if stop.is_set():
+                return
+            if self.status == EX_CONFIG:
+                log.error("not restarted: the configuration must change", process=self.name)
+                stop.set()
+                return
+            steady = time.monotonic() - self.started > STEADY_S
+            failures = 0 if steady else failures + 1
+            pause = PAUSES_S[min(failures, len(PAUSES_S) - 1)]
+            log.warning("restarting", process=self.name, status=self.status, pause_s=pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), pause)
+
+    async def end(self) -> None:
+        """SIGTERM, and SIGKILL when that is not enough."""
+        if self.process is None or self.process.returncode is not None:
+            return
+        self.process.terminate()
+        try:
+            await asyncio.wait_for(self.process.wait(), STOP_S)
+        except TimeoutError:
+            log.warning("killing", process=self.name)
+            self.process.kill()
+            await self.process.wait()
+
+
+def silent_for(shm: Shm) -> float:
+    """Return for how many seconds the most silent worker has not shown a heartbeat; 0: no worker."""
+    workers = int(shm.node[0]["workers"])
+    beats = [int(beat) for beat in shm.worker_stats["heartbeat_ns"][:workers] if beat]
+    if not beats:
+        return 0.0
+    return (time.clock_gettime_ns(time.CLOCK_MONOTONIC) - min(beats)) / 1e9
+
+
+async def _watch(config: Config, forwarder: Child, stop: asyncio.Event) -> None:
+    shm: Shm | None = None
+    ready = False
+    while not stop.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), LOOK_S)
+        notify("WATCHDOG=1")
+        if not ready and (config.run_dir / "forwarder.sock").exists():
+            ready = notify("READY=1", "STATUS=forwarding") or True
+        if shm is None:
+            with contextlib.suppress(OSError):
+                shm = Shm.open(config.run_dir)
+            continue
+        process = forwarder.process
+        running = process is not None and process.returncode is None
+        old = time.monotonic() - forwarder.started > HANG_S
+        silence = silent_for(shm)
+        if running and old and silence > HANG_S and process is not None:
+            log.error("the forwarder hangs: killing it", silent_s=round(silence, 1))
+            process.kill()
+
+
+async def _run(config: Config, path: Path | None) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    agent, forwarder = Child("agent", path), Child("forwarder", path)
+    keepers = [asyncio.create_task(child.keep(stop)) for child in (agent, forwarder)]
+    watcher = asyncio.create_task(_watch(config, forwarder, stop))
+    await stop.wait()
+    notify("STOPPING=1")
+    await agent.end()
+    await forwarder.end()
+    await asyncio.gather(*keepers, watcher)
+    return EX_CONFIG if EX_CONFIG in (agent.status, forwarder.status) else 0
+
+
+def main(config: Config, path: Path | None) -> int:
+    """Run until SIGTERM; return the exit status. path: the configuration's file."""
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    with hold(config.run_dir / "run.lock"):
+        return asyncio.run(_run(config, path))
