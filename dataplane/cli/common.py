@@ -1,0 +1,87 @@
+"""What all subcommands share: finding the node, and printing.
+
+Rule: -o json prints the data as it is; the table is for people only.
+
+Theory. The configuration says where the run directory is; PENSTOCK_CONFIG or --config names it. rich is
+imported when a table is printed.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+DEGRADED = 3
+
+
+def config_option(function: Callable) -> Callable:
+    """Add --config and pass the loaded Config as the first argument."""
+
+    @click.option(
+        "--config",
+        "path",
+        type=click.Path(path_type=Path, dir_okay=False),
+        envvar="PENSTOCK_CONFIG",
+        help="Configuration file [default: /etc/penstock/config.yaml, or the defaults].",
+    )
+    @functools.wraps(function)
+    def wrapper(path: Path | None, **arguments: Any) -> Any:
+        from dataplane.control.config import ConfigError, load
+        from dataplane.daemon.notify import EX_CONFIG
+
+        try:
+            config = load(path)
+        except ConfigError as error:
+            click.echo(f"penstock: {error}", err=True)
+            sys.exit(EX_CONFIG)
+        return function(config, path=path, **arguments)
+
+    return wrapper
+
+
+def output_option(function: Callable) -> Callable:
+    """Add -o/--output."""
+    return click.option(
+        "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True
+    )(function)
+
+
+def show(rows: Any, output: str, columns: Sequence[str] = (), title: str = "") -> None:
+    """Print rows (dicts) as a table with these columns, or anything as JSON."""
+    if output == "json":
+        click.echo(json.dumps(rows, indent=1, default=str))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    for name in columns:
+        numeric = bool(rows) and isinstance(rows[0].get(name), int | float)
+        table.add_column(name.upper().replace("_", " "), justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name, "")) for name in columns))
+    wide = None if sys.stdout.isatty() else 200
+    Console(width=wide, highlight=False).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def ask(config: Any, op: str, **arguments: Any) -> Any:
+    """Ask the agent. Raises Unreachable with what to do."""
+    from dataplane.control.jsonl import Unreachable, call
+
+    try:
+        return call(config.run_dir / "api.sock", op, **arguments)
+    except Unreachable as error:
+        raise Unreachable(f"the agent does not answer ({error}): is `penstock run` up?") from error

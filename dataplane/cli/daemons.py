@@ -1,0 +1,50 @@
+"""penstock run, agent, forwarder.
+
+Rule: a configuration error ends with status 78, which no supervisor restarts.
+
+Theory. Each imports its own process's code only: the agent never loads numba.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dataplane.cli.common import config_option
+
+
+def _setup(config: Any) -> None:
+    from dataplane.daemon.log import setup
+
+    setup(config.log_level)
+
+
+@click.command()
+@config_option
+def run(config: Any, path: Path | None) -> None:
+    """Run agent and forwarder and keep them alive."""
+    from dataplane.daemon import supervisor
+
+    _setup(config)
+    sys.exit(supervisor.main(config, path))
+
+
+@click.command()
+@config_option
+def agent(config: Any, path: Path | None) -> None:
+    """Run the agent alone."""
+    from dataplane.daemon import agent as process
+
+    _setup(config)
+    sys.exit(process.main(config))
+
+
+@click.command()
+@config_option
+def forwarder(config: Any, path: Path | None) -> None:
+    """Run the forwarder alone."""
+    from dataplane.daemon import forwarder as process
+
+    _setup(config)
+    sys.exit(process.main(config))

@@ -1,0 +1,126 @@
+"""Counters, flows, ports and workers of shared memory as plain data.
+
+Rule: reads only; works while no daemon runs.
+
+Theory. The command line uses this, so that counters can be seen while the agent is down.
+"""
+
+import time
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+
+import numpy as np
+
+from dataplane.tables.shm import Shm
+from xdp.abi import CONST, ENUM, reason_text, value
+
+DROPS = 130  # reasons from here on are drops
+DIRECTIONS = {
+    value("DIRECTION_INGRESS"): "ingress",
+    value("DIRECTION_EGRESS"): "egress",
+}
+KINDS = {number: name.removeprefix("PORT_").lower() for name, number in ENUM["port_kind"].items()}
+PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6", 132: "sctp"}
+
+
+def counters(shm: Shm) -> list[dict[str, Any]]:
+    """Return packets and bytes by direction and reason, largest first."""
+    packets = shm.reasons["packets"].sum(axis=0)
+    size = shm.reasons["bytes"].sum(axis=0)
+    rows = [
+        {
+            "direction": DIRECTIONS[int(direction)],
+            "reason": int(reason),
+            "text": reason_text(int(reason)),
+            "drop": bool(reason >= DROPS),
+            "packets": int(packets[direction, reason]),
+            "bytes": int(size[direction, reason]),
+        }
+        for direction, reason in zip(*np.nonzero(packets), strict=True)
+    ]
+    return sorted(rows, key=lambda row: -row["packets"])
+
+
+def ports(shm: Shm) -> list[dict[str, Any]]:
+    """Return the port table with its counters."""
+    totals = {
+        name: shm.port_counters[name].sum(axis=0)
+        for name in ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes", "rx_drops", "tx_drops")
+    }
+    found = []
+    for index in np.flatnonzero(shm.ports["state"]):
+        row = shm.ports[index]
+        six = int(row["address6_hi"]) << 64 | int(row["address6_lo"])
+        found.append(
+            {
+                "index": int(index),
+                "name": row["name"].decode(),
+                "kind": KINDS[int(row["kind"])],
+                "ifindex": int(row["ifindex"]),
+                "mtu": int(row["mtu"]),
+                "queues": int(row["queue_count"]),
+                "ipv4": str(IPv4Address(int(row["address4"]))) if row["address4"] else "",
+                "ipv6": str(IPv6Address(six)) if six else "",
+                **{name: int(total[index]) for name, total in totals.items()},
+            }
+        )
+    return found
+
+
+def workers(shm: Shm) -> list[dict[str, Any]]:
+    """Return each worker's activity, with ns a packet by stage from the sampled steps."""
+    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    stages = {number: name.removeprefix("STAGE_").lower() for name, number in ENUM["stage"].items()}
+    found = []
+    for number in range(min(int(shm.node[0]["workers"]), CONST["WORKERS_MAX"])):
+        row = shm.worker_stats[number]
+        packets = max(1, int(row["sampled_packets"]))
+        found.append(
+            {
+                "worker": number,
+                "tid": int(row["tid"]),
+                "steps": int(row["steps"]),
+                "packets": int(row["packets"]),
+                "polls": int(row["polls"]),
+                "kicks": int(row["kicks"]),
+                "kick_errors": int(row["kick_errors"]),
+                "free_frames": int(row["free_frames"]),
+                "heartbeat_ms": (now - int(row["heartbeat_ns"])) // 1_000_000,
+                "stage_ns": {
+                    name: round(int(row["stage_ns"][stage]) / packets, 1)
+                    for stage, name in stages.items()
+                },
+            }
+        )
+    return found
+
+
+def flows(shm: Shm, limit: int = 50) -> list[dict[str, Any]]:
+    """Return the latest flows, newest first."""
+    rows = shm.flows[shm.flows["packets"] > 0]
+    rows = rows[np.argsort(rows["last_ns"])[::-1][:limit]]
+    names = [row["name"].decode() for row in shm.ports]
+    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    return [_flow(row, names, now) for row in rows]
+
+
+def _flow(row: np.void, names: list[str], now: int) -> dict[str, Any]:
+    kind = IPv4Address if row["family"] == 4 else IPv6Address
+    source = kind(int(row["source_hi"]) << 64 | int(row["source_lo"]))
+    target = kind(int(row["destination_hi"]) << 64 | int(row["destination_lo"]))
+    egress = int(row["egress_port"])
+    protocol = int(row["protocol"])
+    return {
+        "source": str(source),
+        "source_port": int(row["source_port"]),
+        "destination": str(target),
+        "destination_port": int(row["destination_port"]),
+        "protocol": PROTOCOLS.get(protocol, str(protocol)),
+        "verdict": "DROPPED" if row["reason"] >= DROPS else "FORWARDED",
+        "reason": reason_text(int(row["reason"])),
+        "ingress": names[int(row["ingress_port"])],
+        "egress": names[egress] if egress < len(names) else "",
+        "packets": int(row["packets"]),
+        "bytes": int(row["bytes"]),
+        "age_ms": (now - int(row["last_ns"])) // 1_000_000,
+    }
