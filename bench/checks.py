@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.lab import LabError, Namespace, Process, eventually
@@ -91,11 +92,12 @@ def serve(target: Namespace) -> Servers:
         target.spawn(str(find("penstock-rr")), "server", str(RR_PORT), log=f"{target.short}-rr"),
     )
     for port in (HTTP_PORT, IPERF_PORT, RR_PORT):
-        eventually(
-            lambda port=port: target.run("ss", "-Hltn", f"sport = {port}").strip(),
-            f"a server on port {port} of {target.name}",
-        )
+        eventually(partial(_listening, target, port), f"a server on {target.name}, port {port}")
     return Servers(hashlib.sha256(page).hexdigest(), processes)
+
+
+def _listening(target: Namespace, port: int) -> bool:
+    return bool(target.run("ss", "-Hltn", f"sport = {port}").strip())
 
 
 def curl(source: Namespace, address: str, servers: Servers, seconds: float = 20.0) -> float:

@@ -237,7 +237,7 @@ class Cluster:
         settings = self.settings
         spaces = [self.lab.namespace(f"node{number}") for number in range(1, nodes + 1)]
         if nodes == 2:
-            self.lab.pair(*spaces, mtu=settings.mtu, offload=settings.offload)
+            self.lab.pair(spaces[0], spaces[1], settings.mtu, settings.offload)
         for number, space in enumerate(spaces, 1):
             if nodes != 2:
                 self.lab.connect(space, settings.mtu, settings.offload)
