@@ -1,12 +1,12 @@
 """Addresses for pods.
 
-Rule: an address belongs to one attachment at a time, and asking again for the same attachment gives the
-same addresses.
+Rule: an address belongs to one attachment at a time, and asking again for the same attachment
+gives the same addresses.
 
 Theory. A lease takes one address of each family that the node has, in one transaction. A released
-address rests REST_S seconds; fresh ones come first, then the one released longest ago. A lease whose
-pod is gone without a DEL is a leak: `sweep` returns it when the caller has said so twice, at least
-SUSPECT_S apart, so that a pod which is just being attached is never taken for gone.
+address rests REST_S seconds; fresh ones come first, then the one released longest ago. A lease
+whose pod is gone without a DEL is a leak: `sweep` returns it when the caller has said so twice,
+at least SUSPECT_S apart, so that a pod which is just being attached is never taken for gone.
 """
 
 import json

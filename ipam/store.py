@@ -1,11 +1,12 @@
 """The state on disk: SQLite in WAL mode.
 
-Rule: every change is one BEGIN IMMEDIATE transaction, so parallel requests queue and a kill -9 at any
-moment leaves the state before or after it.
+Rule: every change is one BEGIN IMMEDIATE transaction, so parallel requests queue and a kill -9 at
+any moment leaves the state before or after it.
 
-Theory. `address` holds what is leased or resting, keyed by (family, address): SQLite itself refuses to
-give one twice. `journal` remembers what happened. Addresses are stored as 16-byte blobs, which sort
-like numbers. A file that is not ours or is damaged is an error, never an empty beginning.
+Theory. `address` holds what is leased or resting, keyed by (family, address): SQLite itself
+refuses to give one twice. `journal` remembers what happened. Addresses are stored as 16-byte
+blobs, which sort like numbers. A file that is not ours or is damaged is an error, never an empty
+beginning.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 
 Rule: -o json prints the data as it is; the table is for people only.
 
-Theory. The configuration says where the run directory is; PENSTOCK_CONFIG or --config names it. rich is
-imported when a table is printed.
+Theory. The configuration says where the run directory is; PENSTOCK_CONFIG or --config names it.
+rich is imported when a table is printed.
 """
 
 import functools

@@ -2,8 +2,8 @@
 
 Rule: nothing is imported before it is needed: `--help` answers at once.
 
-Theory. Subcommands live in modules that LazyGroup imports when one is called; their help lines stand
-here. Data goes to stdout, talk to stderr; exit status 0 ok, 1 failure, 2 usage, 3 degraded.
+Theory. Subcommands live in modules that LazyGroup imports when one is called; their help lines
+stand here. Data goes to stdout, talk to stderr; exit status 0 ok, 1 failure, 2 usage, 3 degraded.
 """
 
 import importlib

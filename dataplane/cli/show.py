@@ -2,7 +2,8 @@
 
 Rule: what stands in shared memory is shown without the agent.
 
-Theory. Counters, ports, flows and routes are read from shared memory; names and plans need the agent.
+Theory. Counters, ports, flows and routes are read from shared memory; names and plans need the
+agent.
 """
 
 import sys

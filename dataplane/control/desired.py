@@ -2,9 +2,9 @@
 
 Rule: a pure function of its arguments; the same arguments give the same answer.
 
-Theory. One remote node with a bad manifest or no route must not stop the others: it becomes a problem
-in the answer, shown by `penstock status`. Without this node's own object nothing can be computed:
-NotReady says what is missing.
+Theory. One remote node with a bad manifest or no route must not stop the others: it becomes a
+problem in the answer, shown by `penstock status`. Without this node's own object nothing can be
+computed: NotReady says what is missing.
 """
 
 import os

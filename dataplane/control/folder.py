@@ -1,10 +1,11 @@
 """A folder of manifests as the source of objects: the embedded default, no cluster needed.
 
-Rule: a broken file changes nothing: its last good state stays, and `errors` says file, line and why.
+Rule: a broken file changes nothing: its last good state stays, and `errors` says file, line and
+why.
 
-Theory. Every *.yaml, *.yml and *.json of the folder (multi-document, Lists too) is read when inotify
-says that something changed. Files are small and few, so all are read again; each keeps its last good
-manifests. A file that goes takes its objects with it.
+Theory. Every *.yaml, *.yml and *.json of the folder (multi-document, Lists too) is read when
+inotify says that something changed. Files are small and few, so all are read again; each keeps
+its last good manifests. A file that goes takes its objects with it.
 """
 
 from collections.abc import AsyncIterator, Mapping

@@ -2,10 +2,10 @@
 
 Rule: what two nodes must agree on without talking is computed here, from the Node objects alone.
 
-Theory. The inner destination MAC of a node is its annotation penstock.io/vtep-mac, or derived from its
-underlay address: 02:50 and four bytes (the IPv4 address, or a digest of the IPv6 address). The path
-MTU is the uplink's less what the tunnel adds: 14 inner Ethernet, 8 VXLAN or Geneve, 8 UDP, and 20
-or 40 of IP: 50 or 70 bytes.
+Theory. The inner destination MAC of a node is its annotation penstock.io/vtep-mac, or derived
+from its underlay address: 02:50 and four bytes (the IPv4 address, or a digest of the IPv6
+address). The path MTU is the uplink's less what the tunnel adds: 14 inner Ethernet, 8 VXLAN or
+Geneve, 8 UDP, and 20 or 40 of IP: 50 or 70 bytes.
 """
 
 import hashlib

@@ -1,12 +1,13 @@
 """The loop that makes the node what it should be.
 
-Rule: every turn computes the whole desired state and applies the difference; nothing is remembered
-that the kernel or the tables do not hold.
+Rule: every turn computes the whole desired state and applies the difference; nothing is
+remembered that the kernel or the tables do not hold.
 
-Theory. A turn is triggered by objects, endpoints, or the kernel's own messages (a raw netlink socket
-that is only a doorbell; messages lost to a full buffer ring it too), gathered for DEBOUNCE_S. A turn
-repeats until the plan has no kernel actions, since a new device is only seen in the next snapshot.
-An error is kept for `status` and retried with backoff. All of netlink runs on one thread.
+Theory. A turn is triggered by objects, endpoints, or the kernel's own messages (a raw netlink
+socket that is only a doorbell; messages lost to a full buffer ring it too), gathered for
+DEBOUNCE_S. A turn repeats until the plan has no kernel actions, since a new device is only seen
+in the next snapshot. An error is kept for `status` and retried with backoff. All of netlink runs
+on one thread.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ from dataplane.tables.errors import TableError
 from dataplane.tables.writer import TableWriter
 
 DEBOUNCE_S = 0.02
-RETRY_S = (0.2, 0.5, 1, 2, 5)
+RETRY_S = (0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.5, 0.5, 0.5, 1, 2, 5)  # a forwarder starts in 2 s
 QUIET_S = 20.0  # a turn at least so often: stale neighbours are asked again
 TURNS_MOST = 4
 GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP: link, neigh, ip4/6 address and route

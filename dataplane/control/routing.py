@@ -4,8 +4,9 @@ Rule: the dataplane sends where the kernel would send; it never invents a next h
 
 Theory. The longest prefix of the main table, then the least metric, gives device and gateway; the
 neighbour table gives the MAC. A neighbour that the kernel does not know is provoked, and until it
-answers the next hop is UNRESOLVED: counted drops. STALE is good enough, since packets that bypass the
-kernel do not confirm its entries; `provoke` is asked for those too, so that a changed MAC is seen.
+answers the next hop is UNRESOLVED: counted drops. STALE is good enough, since packets that bypass
+the kernel do not confirm its entries; `provoke` is asked for those too, so that a changed MAC is
+seen.
 """
 
 from dataclasses import dataclass, field

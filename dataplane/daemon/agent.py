@@ -2,10 +2,11 @@
 
 Rule: wiring only; each part could be tested without this file. numba is never imported here.
 
-Theory. Started, killed and upgraded at any time: what it owns is on disk (leases, endpoints) or in
-shared memory (tables). On start it takes up what stands, computes what should stand, and serves: CNI
-requests, questions of the command line. The conflist is written when the node can take pods and
-removed when it certainly cannot any more (cleanup), not when the agent merely restarts.
+Theory. Started, killed and upgraded at any time: what it owns is on disk (leases, endpoints) or
+in shared memory (tables). On start it takes up what stands, computes what should stand, and
+serves: CNI requests, questions of the command line. The conflist is written when the node can
+take pods and removed when it certainly cannot any more (cleanup), not when the agent merely
+restarts.
 """
 
 import asyncio

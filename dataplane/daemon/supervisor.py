@@ -1,13 +1,14 @@
 """`penstock run`: starts the agent and the forwarder, and starts them again.
 
-Rule: the two processes never depend on this one; killed together with it, they are taken up by the
-next run.
+Rule: the two processes never depend on this one; killed together with it, they are taken up by
+the next run.
 
-Theory. A child that dies is restarted after a pause that grows from 0.1 s to 10 s; one that ran for a
-while starts afresh. Exit status 78 (EX_CONFIG) is not restarted: the message stands, the supervisor ends
-with it. The forwarder's heartbeat is in shared memory: a forwarder that is silent for too long hangs
-and is killed (the uplink has passed to the kernel meanwhile: steering.py). Children get SIGKILL when the
-supervisor dies (PR_SET_PDEATHSIG), so no forwarder runs without its supervisor.
+Theory. A child that dies is restarted after a pause that grows from 0.1 s to 10 s; one that ran
+for a while starts afresh. Exit status 78 (EX_CONFIG) is not restarted: the message stands, the
+supervisor ends with it. The forwarder's heartbeat is in shared memory: a forwarder that is silent
+for too long hangs and is killed (the uplink has passed to the kernel meanwhile: steering.py).
+Children get SIGKILL when the supervisor dies (PR_SET_PDEATHSIG), so no forwarder runs without its
+supervisor.
 """
 
 import asyncio

@@ -2,9 +2,9 @@
 
 Rule: only what is ours goes: devices by our names, routes by our protocol number, our folder.
 
-Theory. `penstock cleanup`, when no daemon runs. Removing a veth removes its XDP program and its pod's
-end with it; the uplinks' programs went with the forwarder (bpf_link). State (leases, endpoints) stays
-unless asked for, so that pods keep their addresses over a reinstallation.
+Theory. `penstock cleanup`, when no daemon runs. Removing a veth removes its XDP program and its
+pod's end with it; the uplinks' programs went with the forwarder (bpf_link). State (leases,
+endpoints) stays unless asked for, so that pods keep their addresses over a reinstallation.
 """
 
 import shutil

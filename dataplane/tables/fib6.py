@@ -47,7 +47,7 @@ class Fib6:
             self._at[key] = at
             self._counts[length] += 1
         for length, count in enumerate(self._counts):
-            if count == 0:
+            if count == 0 and lengths.flags.writeable:  # a reader leaves all as it is
                 self._mark(length, False)
 
     def _mark(self, length: int, used: bool) -> None:

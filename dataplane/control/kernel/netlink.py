@@ -81,16 +81,13 @@ class Kernel:
         name = message.get_attr("IFLA_IFNAME")
         info = message.get_attr("IFLA_LINKINFO")
         kind = info.get_attr("IFLA_INFO_KIND") if info else ""
-        queues = message.get_attr("IFLA_NUM_RX_QUEUES") or 1
-        if kind != "veth" and message.get_attr("IFLA_ADDRESS"):
-            queues = channels(name)
         return Link(
             index=message["index"],
             name=name,
             mac=_mac(message.get_attr("IFLA_ADDRESS")),
             mtu=message.get_attr("IFLA_MTU") or 0,
             up=bool(message["flags"] & 1),
-            queues=queues,
+            queues=channels(name),
             kind=kind or "",
         )
 
