@@ -1,0 +1,191 @@
+"""A small node in memory: tables as the agent writes them, frames through all stages.
+
+Rule: tests and the fuzzer run exactly the list of stages that a worker runs (loop.process).
+
+Theory. Port 0 is the node's own stack, 1 and 2 are pods, 3 is the uplink. Node 2 is behind the
+tunnel (or, direct, behind the uplink). Frames lie in an area of their own with the engine's stride
+and headroom, pre-filled with 0xA5, so that a byte written outside a frame shows.
+"""
+
+from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import numpy as np
+
+from dataplane.engine import loop
+from dataplane.engine.account import make_counters
+from dataplane.engine.worker import make_tables
+from dataplane.kernels.batch import VERDICT_DROP, VERDICT_SEND, make_batch
+from dataplane.tables.model import Adjacency, Port, Tunnel
+from dataplane.tables.shm import Shm
+from dataplane.tables.writer import TableWriter
+from xdp.abi import CONST, value
+
+HOST, POD_A, POD_B, UPLINK = 0, 1, 2, 3
+GATEWAY_MAC = bytes.fromhex("025000000001")
+HOST_MAC = bytes.fromhex("0250000000fe")
+POD_MACS = {POD_A: bytes.fromhex("0a0000000001"), POD_B: bytes.fromhex("0a0000000002")}
+UPLINK_MAC = bytes.fromhex("0c0000000001")
+NEIGHBOUR_MAC = bytes.fromhex("0c0000000002")
+REMOTE_MAC = bytes.fromhex("025000000002")
+ROUTER4, ROUTER6 = ip_address("10.1.1.1"), ip_address("fd00:1:1::1")
+POD4 = {POD_A: ip_address("10.1.1.2"), POD_B: ip_address("10.1.1.3")}
+POD6 = {POD_A: ip_address("fd00:1:1::2"), POD_B: ip_address("fd00:1:1::3")}
+NODE4, NODE6 = ip_address("192.0.2.1"), ip_address("2001:db8::1")
+REMOTE4, REMOTE6 = ip_address("192.0.2.2"), ip_address("2001:db8::2")
+PODS4, PODS6 = ip_network("10.1.1.0/24"), ip_network("fd00:1:1::/64")
+FAR4, FAR6 = ip_network("10.1.2.0/24"), ip_network("fd00:1:2::/64")
+OUTSIDE4, OUTSIDE6 = ip_network("198.51.100.0/24"), ip_network("2001:db8:f::/48")
+UNKNOWN4 = ip_network("203.0.113.0/24")
+VNI = 7
+PATH_MTU = 1450
+STRIDE, HEADROOM = CONST["FRAME_STRIDE"], CONST["FRAME_HEADROOM"]
+FILL = 0xA5
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a frame."""
+
+    verdict: int
+    reason: int
+    egress: int
+    frame: bytes
+
+    @property
+    def sent(self) -> bool:
+        return self.verdict == VERDICT_SEND
+
+    @property
+    def dropped(self) -> bool:
+        return self.verdict == VERDICT_DROP
+
+
+class World:
+    """Tables, an area of frames, and the compiled stages."""
+
+    def __init__(
+        self, folder: Path, tunnel: str = "TUNNEL_VXLAN", underlay: int = 4, rate: int = 1000
+    ) -> None:
+        """tunnel: an enumerator of enum tunnel_kind."""
+        self.shm = Shm.create(folder)
+        self.writer = TableWriter(self.shm)
+        self.tunnel, self.underlay = value(tunnel), underlay
+        self.port = 8472 if tunnel == "TUNNEL_VXLAN" else 6081
+        self._node(rate)
+        self._ports()
+        self._routes()
+        self.writer.publish()
+        self.tables = make_tables(self.shm)
+        self.counters = make_counters(
+            self.shm.reasons[0],
+            self.shm.port_counters[0],
+            self.shm.worker_stats[0:1],
+            self.shm.flows[0],
+        )
+        self.batch = make_batch()
+        self.area = np.full(STRIDE * CONST["VECTOR_MAX"], FILL, np.uint8)
+        self.now = 1_000_000_000
+
+    def _node(self, rate: int) -> None:
+        six = int(ROUTER6)
+        self.writer.set_node(
+            gateway_mac=GATEWAY_MAC,
+            tunnel_kind=self.tunnel,
+            tunnel_port=self.port if self.tunnel else 0,
+            host_port=HOST,
+            vni=VNI,
+            error_rate=rate,
+            error_burst=rate,
+            router4=int(ROUTER4),
+            router6_hi=six >> 64,
+            router6_lo=six & ((1 << 64) - 1),
+            workers=1,
+        )
+
+    def _ports(self) -> None:
+        self.writer.set_port(
+            HOST, Port(value("PORT_HOST"), "penstock1", 10, 65000, 1, GATEWAY_MAC, HOST_MAC)
+        )
+        for number, index in enumerate((POD_A, POD_B), 1):
+            port = Port(
+                value("PORT_POD"), f"pst{index}", 10 + index, 65000, 1, GATEWAY_MAC,
+                POD_MACS[index], POD4[index], POD6[index], number,
+            )  # fmt: skip
+            self.writer.set_port(index, port)
+        self.writer.set_port(UPLINK, Port(value("PORT_UPLINK"), "eth0", 13, 1500, 1, UPLINK_MAC))
+
+    def _routes(self) -> None:
+        def here(kind: str) -> Adjacency:
+            return Adjacency(value(kind), HOST, 65000, GATEWAY_MAC, HOST_MAC)
+
+        blackhole = Adjacency(value("ADJACENCY_BLACKHOLE"))
+        hop = Adjacency(value("ADJACENCY_NEXTHOP"), UPLINK, 1500, UPLINK_MAC, NEIGHBOUR_MAC)
+        unresolved = Adjacency(value("ADJACENCY_UNRESOLVED"), UPLINK, 1500)
+        routes = {PODS4: blackhole, PODS6: blackhole, OUTSIDE4: hop, OUTSIDE6: hop}
+        routes[UNKNOWN4] = unresolved
+        for address in (ROUTER4, ROUTER6):
+            routes[ip_network(address)] = here("ADJACENCY_GATEWAY")
+        for address in (NODE4, NODE6):
+            routes[ip_network(address)] = here("ADJACENCY_HOST")
+        for index in (POD_A, POD_B):
+            pod = Adjacency(value("ADJACENCY_POD"), index, 65000, GATEWAY_MAC, POD_MACS[index])
+            routes[ip_network(POD4[index])] = routes[ip_network(POD6[index])] = pod
+        for network in (FAR4, FAR6):
+            routes[network] = self.far() if self.tunnel else hop
+        self.writer.replace_routes(routes)
+
+    def far(self) -> Adjacency:
+        """The adjacency of node 2 behind the tunnel."""
+        local, remote = (NODE4, REMOTE4) if self.underlay == 4 else (NODE6, REMOTE6)
+        return Adjacency(
+            value("ADJACENCY_TUNNEL"),
+            UPLINK,
+            PATH_MTU,
+            UPLINK_MAC,
+            NEIGHBOUR_MAC,
+            Tunnel(self.tunnel, local, remote, self.port, VNI, GATEWAY_MAC, REMOTE_MAC),
+        )
+
+    def load(self, frames: list[tuple[int, bytes]]) -> None:
+        """Put (ingress port, frame) into the vector, as `receive` does."""
+        b = self.batch
+        b.count[0] = len(frames)
+        b.now_ns[0] = self.now
+        self.area[:] = FILL
+        for i, (port, frame) in enumerate(frames):
+            base = i * STRIDE
+            start = base + HEADROOM
+            self.area[start : start + len(frame)] = np.frombuffer(frame, np.uint8)
+            b.address[i] = self.area.ctypes.data + start
+            b.frame[i] = base
+            b.length[i] = b.total[i] = len(frame)
+            b.ingress[i] = port
+            b.egress[i] = -1
+            for column in (b.segments, b.verdict, b.reason, b.kind, b.flags, b.adjacency):
+                column[i] = 0
+
+    def run(self, frames: list[tuple[int, bytes]]) -> list[Result]:
+        """Send frames through all stages."""
+        assert len(frames) <= CONST["VECTOR_MAX"]
+        self.load(frames)
+        loop.process(self.batch, self.tables, self.counters)
+        return [self._result(i) for i in range(len(frames))]
+
+    def one(self, port: int, frame: bytes) -> Result:
+        """Send one frame through all stages."""
+        return self.run([(port, bytes(frame))])[0]
+
+    def _result(self, i: int) -> Result:
+        b = self.batch
+        start = int(b.address[i]) - self.area.ctypes.data
+        data = self.area[start : start + int(b.length[i])].tobytes()
+        return Result(int(b.verdict[i]), int(b.reason[i]), int(b.egress[i]), data)
+
+    def untouched(self, i: int, used: int) -> bool:
+        """True when nothing was written behind `used` bytes of frame i or before its headroom."""
+        base = i * STRIDE
+        after = self.area[base + HEADROOM + used : base + STRIDE]
+        before = self.area[base : base + HEADROOM - 128]
+        return bool((after == FILL).all() and (before == FILL).all())
