@@ -11,6 +11,7 @@ its text in metrics and on the command line.
 import re
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import cffi
 import numpy as np
@@ -61,7 +62,7 @@ def _dtype(ffi: cffi.FFI, kind) -> np.dtype:
         names.append(name)
         formats.append((base, shape) if shape else base)
         offsets.append(field.offset)
-    layout = {
+    layout: Any = {
         "names": names,
         "formats": formats,
         "offsets": offsets,

@@ -2,12 +2,13 @@
 
 Rule: questions and small switches about devices of the calling thread's network namespace.
 
-Theory. linux/ethtool.h. veth offers checksum offload and hands packets over with a partial checksum,
-which the far end's stack trusts. A forwarder sees raw bytes and may send them to another node, so the
-checksum must be complete: ETHTOOL_STXCSUM makes the sender's kernel compute it.
+Theory. linux/ethtool.h. veth offers checksum offload and hands packets over with a partial
+checksum, which the far end's stack trusts. A forwarder sees raw bytes and may send them to another
+node, so the checksum must be complete: ETHTOOL_STXCSUM makes the sender's kernel compute it.
 """
 
 import ctypes
+import errno
 import fcntl
 import socket
 import struct
@@ -17,6 +18,8 @@ GET_DRIVER, GET_TX_CHECKSUM, SET_TX_CHECKSUM, GET_CHANNELS = 0x03, 0x16, 0x17, 0
 
 
 def _ioctl(ifname: str, buffer: ctypes.Array) -> None:
+    if len(ifname.encode()) > 15:
+        raise OSError(errno.ENODEV, f"device name {ifname!r}: longer than 15 bytes")
     request = struct.pack("16sP", ifname.encode(), ctypes.addressof(buffer))  # struct ifreq
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, SIOCETHTOOL, request)

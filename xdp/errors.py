@@ -29,11 +29,10 @@ class KernelError(XdpError):
     """A system call that failed; `errno` says how."""
 
     def __init__(self, call: str, code: int, detail: str = "") -> None:
-        """call: what was tried, with its values; code: errno, positive."""
+        """call: what was tried, with its values; code: errno; detail: the fix, if not the usual."""
         self.errno = abs(code)
-        fix = _FIXES.get(self.errno, "")
-        parts = [f"{call}: {os.strerror(self.errno)}", detail, fix]
-        super().__init__("; ".join(part for part in parts if part))
+        hint = detail or _FIXES.get(self.errno, "")
+        super().__init__(f"{call}: {os.strerror(self.errno)}" + (f"; {hint}" if hint else ""))
 
 
 class VerifierError(XdpError):

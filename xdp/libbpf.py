@@ -6,11 +6,13 @@ Theory. ABI mode needs no compiler on the node. libbpf's option structures carry
 a newer library accepts what is declared here. Functions return a negative errno in libbpf 1.x.
 """
 
+from typing import Any
+
 import cffi
 
 from xdp.errors import UnsupportedError
 
-ffi = cffi.FFI()
+ffi: Any = cffi.FFI()
 ffi.cdef(
     """
     typedef int (*libbpf_print_fn_t)(int level, const char *, void *ap);
@@ -90,9 +92,30 @@ ffi.cdef(
     };
     int bpf_prog_test_run_opts(int prog_fd, struct bpf_test_run_opts *opts);
 
-    int libbpf_probe_bpf_map_type(int map_type, const void *opts);
-    int libbpf_probe_bpf_prog_type(int prog_type, const void *opts);
-    int libbpf_probe_bpf_helper(int prog_type, int helper_id, const void *opts);
+    struct bpf_prog_load_opts {
+      size_t sz;
+      int attempts;
+      int expected_attach_type;
+      uint32_t prog_btf_fd;
+      uint32_t prog_flags;
+      uint8_t rest[80];
+    };
+    int bpf_prog_load(int type, const char *name, const char *license, const void *instructions,
+                      size_t count, const struct bpf_prog_load_opts *opts);
+    struct bpf_map_create_opts {
+      size_t sz;
+      uint32_t btf_fd;
+      uint32_t btf_key_type_id;
+      uint32_t btf_value_type_id;
+      uint32_t btf_vmlinux_value_type_id;
+      uint32_t inner_map_fd;
+      uint32_t map_flags;
+      uint64_t map_extra;
+      uint32_t numa_node;
+      uint32_t map_ifindex;
+    };
+    int bpf_map_create(int type, const char *name, uint32_t key_size, uint32_t value_size,
+                       uint32_t max_entries, const struct bpf_map_create_opts *opts);
 
     struct xdp_md_in {
       uint32_t data;
@@ -106,7 +129,7 @@ ffi.cdef(
 )
 
 try:
-    lib = ffi.dlopen("libbpf.so.1")
+    lib: Any = ffi.dlopen("libbpf.so.1")
 except OSError as error:  # pragma: no cover - a machine without the package
     raise UnsupportedError(f"libbpf.so.1 not found ({error}): apt install libbpf1") from error
 

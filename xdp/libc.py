@@ -6,30 +6,28 @@ Theory. Ring memory is mapped by mmap64 itself, because the kernel's offsets for
 beyond what the mmap module accepts on a socket; socket options carry structures.
 """
 
+from typing import Any
+
 import cffi
 
 from xdp.errors import KernelError
 
-ffi = cffi.FFI()
+ffi: Any = cffi.FFI()
 ffi.cdef(
     """
     void *mmap64(void *addr, size_t length, int prot, int flags, int fd, int64_t offset);
     int munmap(void *addr, size_t length);
-    int madvise(void *addr, size_t length, int advice);
     int setsockopt(int fd, int level, int name, const void *value, uint32_t size);
     int getsockopt(int fd, int level, int name, void *value, uint32_t *size);
     int bind(int fd, const void *address, uint32_t size);
+    int unshare(int flags);
     """
 )
-lib = ffi.dlopen(None)
+lib: Any = ffi.dlopen(None)
 
 PROT_READ_WRITE = 3
 MAP_SHARED = 0x01
-MAP_PRIVATE = 0x02
-MAP_ANONYMOUS = 0x20
 MAP_POPULATE = 0x8000
-MAP_HUGETLB = 0x40000
-MADV_HUGEPAGE = 14
 
 
 def check(result: int, call: str, detail: str = "") -> int:
@@ -39,8 +37,8 @@ def check(result: int, call: str, detail: str = "") -> int:
     return result
 
 
-def mmap(length: int, flags: int, fd: int = -1, offset: int = 0) -> int:
-    """Map memory for reading and writing; return its address."""
+def mmap(length: int, flags: int, fd: int, offset: int) -> int:
+    """Map a file's memory for reading and writing; return its address."""
     address = lib.mmap64(ffi.NULL, length, PROT_READ_WRITE, flags, fd, offset)
     value = int(ffi.cast("intptr_t", address))
     if value == -1:

@@ -5,7 +5,8 @@ detaches it. Uplinks get the first, pods the second.
 
 Theory. Native XDP (in the driver) is tried first, then generic (on skbs, any driver). A netlink
 attachment replaces an older one in one step, so a new forwarder takes a pod over without a gap in
-which packets would pass.
+which packets would pass. Both modes cannot stand side by side (EEXIST), so a takeover keeps the
+mode of what it replaces.
 """
 
 import errno
@@ -19,7 +20,9 @@ from xdp.object import Program
 BPF_XDP = 37  # enum bpf_attach_type
 FLAG_GENERIC = 1 << 1  # XDP_FLAGS_SKB_MODE
 FLAG_NATIVE = 1 << 2  # XDP_FLAGS_DRV_MODE
-_REFUSED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTSUP, errno.ERANGE}
+# What a driver answers that has no XDP, too large an MTU (ERANGE) or too few queues (veth: ENOSPC),
+# and the kernel where the other mode stands already (EEXIST).
+_TRY_NEXT = {errno.EOPNOTSUPP, errno.EINVAL, errno.ERANGE, errno.ENOSPC, errno.EEXIST}
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def attach_link(program: Program, ifindex: int, native: bool = True) -> Link:
         code = lib.bpf_link_create(program.fd, ifindex, BPF_XDP, options)
         if code >= 0:
             return Link(code, ifindex, mode == FLAG_NATIVE)
-        if -code not in _REFUSED:
+        if -code not in _TRY_NEXT:
             break
     raise KernelError(f"bpf_link_create({program.name}, ifindex {ifindex})", code)
 
@@ -64,12 +67,12 @@ def attach_link(program: Program, ifindex: int, native: bool = True) -> Link:
 def attach_netlink(program: Program, ifindex: int, native: bool = True) -> Attached:
     """Attach by netlink, in the place of what is there; falls back from native to generic."""
     code = -errno.EOPNOTSUPP
-    for mode in (FLAG_NATIVE, FLAG_GENERIC) if native else (FLAG_GENERIC,):
+    for mode in (FLAG_NATIVE, FLAG_GENERIC) if native else (FLAG_GENERIC, FLAG_NATIVE):
         code = lib.bpf_xdp_attach(ifindex, program.fd, mode, ffi.NULL)
         if code == 0:
             found = query(ifindex)
             return Attached(found.program_id if found else 0, mode == FLAG_NATIVE)
-        if -code not in _REFUSED:
+        if -code not in _TRY_NEXT:
             break
     raise KernelError(f"attaching {program.name} to ifindex {ifindex}", code)
 

@@ -1,44 +1,59 @@
 """BPF maps: entries by system call, arrays also as plain memory.
 
-Rule: a Map does not own its object; it lives as long as the BpfObject does.
+Rule: a Map does not own its object: its calls work as long as the BpfObject does. Memory from
+`mmap` is different: it keeps the kernel's map alive until the last array over it is gone.
 
 Theory. Keys and values are bytes of the sizes that the map declares; an int is taken as a
-little-endian number of that size. An array made with BPF_F_MMAPABLE is mapped once and read and
-written as numpy: no system call, and the program sees a store at once.
+little-endian number of that size, a numpy record as its bytes. An array made with BPF_F_MMAPABLE
+is mapped once and read and written as numpy: no system call, and the program sees a store at once.
 """
 
 import errno
+import mmap
 from collections.abc import Iterator
 
 import numpy as np
 
-from xdp import libc
 from xdp.errors import KernelError
 from xdp.libbpf import ffi, lib
 
-Bytes = bytes | int
+Entry = bytes | int | np.integer | np.void
+PER_CPU_TYPES = {5, 6, 10, 21}  # BPF_MAP_TYPE_{,LRU_}PERCPU_HASH, _ARRAY, _CGROUP_STORAGE
 
 
 class Map:
     """One map of a loaded object."""
 
-    def __init__(self, name: str, fd: int, key_size: int, value_size: int, entries: int) -> None:
-        """Sizes in bytes, as the map declares them."""
+    def __init__(
+        self, name: str, fd: int, key_size: int, value_size: int, entries: int, kind: int = 0
+    ) -> None:
+        """Sizes in bytes, as the map declares them; kind: enum bpf_map_type."""
         self.name = name
         self.fd = fd
         self.key_size = key_size
         self.value_size = value_size
         self.max_entries = entries
-        self._mapped: tuple[int, int] | None = None
+        self.per_cpu = kind in PER_CPU_TYPES
 
-    def _bytes(self, value: Bytes, size: int, what: str) -> bytes:
-        raw = value.to_bytes(size, "little") if isinstance(value, int) else bytes(value)
+    def _bytes(self, value: Entry, size: int, what: str) -> bytes:
+        if isinstance(value, int | np.integer):
+            number = int(value)
+            if not 0 <= number < 1 << 8 * size:
+                raise ValueError(f"map {self.name}: {what} {number}, must be {size} bytes unsigned")
+            return number.to_bytes(size, "little")
+        raw = value.tobytes() if isinstance(value, np.void) else bytes(value)
         if len(raw) != size:
             raise ValueError(f"map {self.name}: {what} of {len(raw)} bytes, must be {size}")
         return raw
 
-    def update(self, key: Bytes, value: Bytes) -> None:
+    def _single(self) -> None:
+        """A per-CPU map copies a value a CPU: our buffers of one value must not meet it."""
+        if self.per_cpu:
+            raise ValueError(f"map {self.name} has a value for each CPU: use lookup_per_cpu")
+
+    def update(self, key: Entry, value: Entry) -> None:
         """Set an entry. Raises KernelError: E2BIG when the map is full."""
+        self._single()
         raw_key = self._bytes(key, self.key_size, "key")
         raw = self._bytes(value, self.value_size, "value")
         code = lib.bpf_map_update_elem(self.fd, raw_key, raw, 0)
@@ -46,8 +61,9 @@ class Map:
             detail = f"limit {self.max_entries} entries" if code == -errno.E2BIG else ""
             raise KernelError(f"update of map {self.name}", code, detail)
 
-    def lookup(self, key: Bytes) -> bytes | None:
+    def lookup(self, key: Entry) -> bytes | None:
         """Return the value of a key, None when there is none."""
+        self._single()
         buffer = ffi.new("char[]", self.value_size)
         raw_key = self._bytes(key, self.key_size, "key")
         code = lib.bpf_map_lookup_elem(self.fd, raw_key, buffer)
@@ -57,18 +73,22 @@ class Map:
             raise KernelError(f"lookup in map {self.name}", code)
         return bytes(ffi.buffer(buffer, self.value_size))
 
-    def lookup_per_cpu(self, key: Bytes, dtype: np.dtype) -> np.ndarray:
+    def lookup_per_cpu(self, key: Entry, dtype: np.dtype) -> np.ndarray:
         """Return the values of all CPUs of a per-CPU map, dtype[cpus]."""
-        cpus = lib.libbpf_num_possible_cpus()
+        if not self.per_cpu:
+            raise ValueError(f"map {self.name} has one value for all CPUs: use lookup")
         stride = -(-self.value_size // 8) * 8
+        if dtype.itemsize != stride:
+            raise ValueError(f"map {self.name}: {dtype.itemsize} bytes a value, must be {stride}")
+        cpus = lib.libbpf_num_possible_cpus()
         buffer = ffi.new("char[]", stride * cpus)
         raw_key = self._bytes(key, self.key_size, "key")
         code = lib.bpf_map_lookup_elem(self.fd, raw_key, buffer)
         if code < 0:
             raise KernelError(f"lookup in map {self.name}", code)
-        return np.frombuffer(bytes(ffi.buffer(buffer)), dtype)[:cpus]
+        return np.frombuffer(bytes(ffi.buffer(buffer)), dtype)
 
-    def delete(self, key: Bytes) -> bool:
+    def delete(self, key: Entry) -> bool:
         """Delete an entry; False when there was none."""
         code = lib.bpf_map_delete_elem(self.fd, self._bytes(key, self.key_size, "key"))
         if code == -errno.ENOENT:
@@ -94,13 +114,8 @@ class Map:
         if dtype.itemsize != stride:
             raise ValueError(f"map {self.name}: {dtype.itemsize} bytes a value, must be {stride}")
         size = -(-stride * self.max_entries // 4096) * 4096
-        address = libc.mmap(size, libc.MAP_SHARED, self.fd)
-        self._mapped = (address, size)
-        memory = libc.ffi.buffer(libc.ffi.cast("char *", address), stride * self.max_entries)
-        return np.frombuffer(memory, dtype)
-
-    def unmap(self) -> None:
-        """Undo mmap; arrays from it must not be used afterwards."""
-        if self._mapped:
-            libc.munmap(*self._mapped)
-            self._mapped = None
+        try:
+            memory = mmap.mmap(self.fd, size, mmap.MAP_SHARED)
+        except OSError as error:
+            raise KernelError(f"mmap of map {self.name}", error.errno or errno.EINVAL) from error
+        return np.frombuffer(memory, dtype, self.max_entries)

@@ -3,8 +3,9 @@
 Rule: a spec depends on nothing but the file; whatever depends on the running kernel happens when an
 object is made from it.
 
-Theory. libbpf does relocation and BTF. The verifier's log goes into our buffer, so that a refusal
-comes back as an error with its last useful lines rather than as pages on stderr.
+Theory. libbpf does relocation and BTF. It loads without a log first and, when the verifier refuses,
+once more with a log into our buffer: so a good program costs no log, and a refusal comes back as an
+error with its last useful lines rather than as pages on stderr.
 """
 
 import errno
@@ -52,7 +53,6 @@ class BpfObject:
         options.sz = ffi.sizeof("struct bpf_object_open_opts")
         options.kernel_log_buf = self._log
         options.kernel_log_size = LOG_BYTES
-        options.kernel_log_level = 1
         self._object = lib.bpf_object__open_file(str(spec.path).encode(), options)
         if self._object == ffi.NULL:
             raise KernelError(f"opening {spec.path}", ffi.errno or errno.EINVAL)
@@ -82,14 +82,13 @@ class BpfObject:
                 lib.bpf_map__key_size(item),
                 lib.bpf_map__value_size(item),
                 lib.bpf_map__max_entries(item),
+                lib.bpf_map__type(item),
             )
             item = lib.bpf_object__next_map(self._object, item)
 
     def close(self) -> None:
         """Give programs and maps back; what is attached by netlink stays attached."""
         if self._object != ffi.NULL:
-            for entry in self.maps.values():
-                entry.unmap()
             lib.bpf_object__close(self._object)
             self._object = ffi.NULL
 

@@ -6,13 +6,15 @@ addresses.
 Theory. Documentation/networking/af_xdp.rst, net/xdp/xsk.c. Every socket registers the same area
 as its own UMEM (decision 2). Binding asks for zero-copy where the device may have it, multi-
 buffer and need-wakeup, and gives up one after the other: what was reached stands in `zero_copy`,
-`sg`, `need_wakeup`. Copy-mode transmit takes one skb a descriptor, charged to the socket, 32 a
-call: so the send buffer and the budget are raised to a whole ring.
+`sg`, `need_wakeup`, `tx_budget`, `busy_poll`. Copy-mode transmit takes one skb a descriptor,
+charged to the socket, 32 a call: so the send buffer and the budget are raised to a whole ring. The
+kernel frees a closed socket's queue a little later (xp_release_deferred), so EBUSY is waited out.
 """
 
 import errno
 import socket
 import struct
+import time
 from dataclasses import dataclass
 
 from xdp import libc
@@ -36,6 +38,8 @@ PAGE_OFFSETS = {
 SO_SNDBUFFORCE = 32
 SO_BUSY_POLL, SO_PREFER_BUSY_POLL, SO_BUSY_POLL_BUDGET = 46, 69, 70
 SEND_BUFFER = 64 << 20
+RING_MOST = 1 << 20
+BUSY_S = 3.0  # how long a queue may stay busy after its socket was closed
 STATISTIC_NAMES = (
     "rx_dropped",
     "rx_invalid_descs",
@@ -75,25 +79,22 @@ class Xsk:
     ) -> None:
         """Open and bind. zero_copy None tries and falls back. Raises KernelError."""
         for size in (ring_size, fill_size):
-            if size & (size - 1) or size <= 0:
-                raise ValueError(f"ring of {size} descriptors: must be a power of two")
+            if size & (size - 1) or not 0 < size <= RING_MOST:
+                raise ValueError(f"ring of {size} descriptors: a power of two up to {RING_MOST}")
         self.ifindex, self.queue = ifindex, queue
         self.zero_copy = self.sg = self.need_wakeup = False
+        self._socket: socket.socket | None = None
         self._mapped: list[tuple[int, int]] = []
         self._where = f"AF_XDP socket on ifindex {ifindex} queue {queue}"
         tries = [True, False] if zero_copy is None else [zero_copy]
         combinations = [(z, s) for z in tries for s in ((True, False) if sg else (False,))]
-        for number, (zero, multi) in enumerate(combinations):
-            try:
-                self._open(umem, ring_size, fill_size)
-                self._bind(zero, multi, need_wakeup)
-                break
-            except KernelError as error:
-                self.close()
-                retry = error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTSUP)
-                if not retry or number + 1 == len(combinations):
-                    raise
-        self._tune(ring_size, busy_poll_us)
+        try:
+            self._open(umem, ring_size, fill_size)
+            self._bind_best(combinations, need_wakeup)
+            self._tune(ring_size, busy_poll_us)
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self, umem: Umem, ring_size: int, fill_size: int) -> None:
         try:
@@ -126,6 +127,21 @@ class Xsk:
         self._mapped.append((where, length))
         return Ring(where + producer, where + consumer, where + flags, where + descriptors, size)
 
+    def _bind_best(self, combinations: list[tuple[bool, bool]], need_wakeup: bool) -> None:
+        """Bind with the first of (zero-copy, multi-buffer) that the device takes."""
+        deadline = time.monotonic() + BUSY_S
+        left = list(combinations)
+        while True:
+            try:
+                return self._bind(*left[0], need_wakeup)
+            except KernelError as error:
+                if error.errno == errno.EBUSY and time.monotonic() < deadline:
+                    time.sleep(0.002)
+                elif error.errno in (errno.EOPNOTSUPP, errno.EINVAL) and len(left) > 1:
+                    left.pop(0)
+                else:
+                    raise
+
     def _bind(self, zero_copy: bool, sg: bool, need_wakeup: bool) -> None:
         flags = BIND_ZEROCOPY if zero_copy else BIND_COPY
         flags |= (BIND_SG if sg else 0) | (BIND_NEED_WAKEUP if need_wakeup else 0)
@@ -147,11 +163,12 @@ class Xsk:
                 (socket.SOL_SOCKET, SO_BUSY_POLL, busy_poll_us),
                 (socket.SOL_SOCKET, SO_BUSY_POLL_BUDGET, 64),
             ]
-        self.tx_budget = 32
+        self.tx_budget, self.busy_poll = 32, busy_poll_us > 0
         for level, name, number in wanted:
             try:
                 libc.set_option(self.fd, level, name, struct.pack("=i", number), "tune")
             except KernelError:
+                self.busy_poll &= name in (SO_SNDBUFFORCE, MAX_TX_SKB_BUDGET)
                 continue
             if name == MAX_TX_SKB_BUDGET:
                 self.tx_budget = number
@@ -166,5 +183,5 @@ class Xsk:
         for address, length in self._mapped:
             libc.munmap(address, length)
         self._mapped.clear()
-        if getattr(self, "_socket", None) is not None:
+        if self._socket is not None:
             self._socket.close()

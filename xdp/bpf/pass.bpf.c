@@ -48,7 +48,7 @@ static __always_inline void add(struct xdp_md *ctx)
 
   if (c) {
     c->packets++;
-    c->bytes += ctx->data_end - ctx->data;
+    c->bytes += bpf_xdp_get_buff_len(ctx); /* all buffers */
   }
 }
 
@@ -87,7 +87,7 @@ int generate(struct xdp_md *ctx)
     return XDP_ABORTED;
   udp->source = bpf_htons(1024 + (c->packets & *mask));
   c->packets++;
-  c->bytes += ctx->data_end - ctx->data;
+  c->bytes += bpf_xdp_get_buff_len(ctx); /* all buffers */
   return bpf_redirect_map(&devices, 0, XDP_DROP);
 }
 

@@ -62,7 +62,8 @@ static __always_inline int is_alive(const struct steering *s)
 {
   if (!s->timeout_ns)
     return 1;
-  return bpf_ktime_get_ns() - s->heartbeat_ns < s->timeout_ns;
+  /* Signed: a heartbeat written between the two reads lies in the future. */
+  return (__s64)(bpf_ktime_get_ns() - s->heartbeat_ns) < (__s64)s->timeout_ns;
 }
 
 static __always_inline int in_prefix(const struct steer_prefix *prefix, const __u32 *address, int words)
