@@ -15,15 +15,21 @@ from hypothesis import strategies as st
 from tests import worlds as w
 from tests.naive.headers import ones_sum
 
+OTHER4 = [
+    "10.1.1.99",
+    "10.1.2.9",
+    "198.51.100.7",
+    "203.0.113.1",
+    "10.99.0.1",
+    "224.0.0.251",
+    "255.255.255.255",
+]
+OTHER6 = ["fd00:1:1::99", "fd00:1:2::9", "2001:db8:f::1", "fd99::1", "ff02::1"]
+FORGED6 = ["fe80::1", "::", "::1", "::ffff:10.1.1.2", "ff02::1"]
 SOURCES4 = [w.POD4[w.POD_A], w.POD4[w.POD_B], ip_address("127.0.0.1"), ip_address("0.0.0.0")]
-TARGETS4 = [w.POD4[w.POD_B], w.ROUTER4, w.NODE4, *(
-    ip_address(text) for text in ("10.1.1.99", "10.1.2.9", "198.51.100.7", "203.0.113.1", "10.99.0.1",
-                                  "224.0.0.251", "255.255.255.255"))]  # fmt: skip
-SOURCES6 = [w.POD6[w.POD_A], w.POD6[w.POD_B], *(
-    ip_address(text) for text in ("fe80::1", "::", "::1", "::ffff:10.1.1.2", "ff02::1"))]  # fmt: skip
-TARGETS6 = [w.POD6[w.POD_B], w.ROUTER6, w.NODE6, *(
-    ip_address(text) for text in ("fd00:1:1::99", "fd00:1:2::9", "2001:db8:f::1", "fd99::1",
-                                  "ff02::1"))]  # fmt: skip
+SOURCES6 = [w.POD6[w.POD_A], w.POD6[w.POD_B], *map(ip_address, FORGED6)]
+TARGETS4 = [w.POD4[w.POD_B], w.ROUTER4, w.NODE4, *map(ip_address, OTHER4)]
+TARGETS6 = [w.POD6[w.POD_B], w.ROUTER6, w.NODE6, *map(ip_address, OTHER6)]
 PORTS = st.sampled_from([0, 53, 80, 8472, 65535]) | st.integers(0, 65535)
 mostly_own4 = st.sampled_from([SOURCES4[0]] * 5 + SOURCES4)
 mostly_own6 = st.sampled_from([SOURCES6[0]] * 6 + SOURCES6)
@@ -68,7 +74,7 @@ def frames4(draw) -> bytes:
             ttl,
             protocol,
             0,
-        )  # fmt: skip
+        )
         + draw(mostly_own4).packed
         + draw(st.sampled_from(TARGETS4)).packed
         + bytes(words * 4 - 20)
@@ -81,8 +87,8 @@ def frames4(draw) -> bytes:
 def frames6(draw) -> bytes:
     """An Ethernet frame with IPv6 and some extension headers."""
     protocol, body = draw(transports())
-    for kind in draw(st.lists(st.sampled_from([0, 43, 44, 51, 60]), max_size=draw(
-            st.sampled_from([0, 0, 2, 10])))):  # fmt: skip
+    longest = draw(st.sampled_from([0, 0, 2, 10]))
+    for kind in draw(st.lists(st.sampled_from([0, 43, 44, 51, 60]), max_size=longest)):
         if kind == 44:
             word = draw(st.sampled_from([0, 1, 0xFFF8, 0x20]))
             extension = struct.pack(">BBHI", protocol, 0, word, 9)

@@ -127,8 +127,8 @@ def _ports(
         queues = min(link.queues, CONST["QUEUES_MAX"])
         found.append(Port(PORT_UPLINK, link.name, link.index, link.mtu, queues, link.mac))
     for end in endpoints:
-        link = actual.links.get(end.host_ifname)
-        if link is None or link.index != end.ifindex:
+        veth = actual.links.get(end.host_ifname)
+        if veth is None or veth.index != end.ifindex:
             continue  # the pod's veth is gone: its runtime owes a DEL
         found.append(
             Port(
@@ -344,7 +344,7 @@ def _tables(
         node=node,
         ports=ports,
         routes=routes,
-        tunnel_port=node["tunnel_port"],
+        tunnel_port=config.network.tunnel_port if tunnelled else 0,
         locals=tuple(locals_) if tunnelled else (),
         prefixes=() if tunnelled else me.node.pod_cidrs,
     )

@@ -196,6 +196,7 @@ class Reconciler:
             self._write(wanted.tables)
             done.extend(actions)
         await self._follow()
+        assert self._kernel is not None
         for device, address in wanted.provoke:
             await self._in_thread(self._kernel.provoke, device, address)
         return list(wanted.problems)

@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import time
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 import structlog
@@ -106,10 +107,10 @@ class Agent:
         node = self.objects.nodes.get(self.config.node.name)
         if node is None:
             return None
-        routers = {address.version: address for address, _ in wanted.host_addresses}
+        routers = [address for address, _ in wanted.host_addresses]
         return NodeAddressing(
-            router4=routers.get(4),
-            router6=routers.get(6),
+            router4=next((at for at in routers if isinstance(at, IPv4Address)), None),
+            router6=next((at for at in routers if isinstance(at, IPv6Address)), None),
             local_cidrs=node.pod_cidrs,
             path_mtu=int(wanted.view["path_mtu"]),
             gateway_mac=wanted.gateway_mac.hex(":"),
@@ -192,9 +193,11 @@ class Agent:
         while True:
             await asyncio.sleep(SWEEP_S if self._pools else 1)
             if self._pools:
-                alive = {endpoint.key for endpoint in self.endpoints}
-                for lease in self.ipam.sweep(lambda lease, alive=alive: lease.key in alive):
+                for lease in self.ipam.sweep(self._is_alive):
                     log.warning("leaked lease returned", lease=str(lease))
+
+    def _is_alive(self, lease: Any) -> bool:
+        return self.endpoints.get(lease.key) is not None
 
     # --- questions --------------------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ class Child:
 
 
 def silent_for(shm: Shm) -> float:
-    """Return for how many seconds the most silent worker has not shown a heartbeat; 0: no worker."""
+    """Return the seconds since the most silent worker's heartbeat; 0: no worker yet."""
     workers = int(shm.node[0]["workers"])
     beats = [int(beat) for beat in shm.worker_stats["heartbeat_ns"][:workers] if beat]
     if not beats:

@@ -35,7 +35,7 @@ def _jobs() -> list[tuple[str, Callable[[], object]]]:
         ("the worker's loop", lambda: loop.run(*arguments)),
         ("the stages without rings", lambda: loop.process(*vector)),
         ("the counters", lambda: loop.tally(*vector)),
-        ("scratch", lambda: (shm.close(), scratch.cleanup())),
+        ("the scratch files away", scratch.cleanup),
     ]
 
 

@@ -72,7 +72,7 @@ class Fib6:
         else:
             raise TableFull(
                 f"the IPv6 table has no slot within {PROBES} probes for another route: "
-                f"{len(self.routes)} routes in {SLOTS_MASK + 1} slots (FIB6_SLOTS): aggregate routes"
+                f"{len(self.routes)} routes in {SLOTS_MASK + 1} slots: aggregate routes"
             )
         self._mark(length, True)
         self._hi[at], self._lo[at], self._index[at] = hi, lo, index

@@ -85,9 +85,12 @@ class TableWriter:
 
     def routes(self) -> dict[Network, int]:
         """Return every route that stands -> row of its adjacency."""
-        four = {IPv4Network(key): index for key, index in self._fib4.routes.items()}
-        six = {IPv6Network(key): index for key, index in self._fib6.routes.items()}
-        return {**four, **six}
+        found: dict[Network, int] = {}
+        for key, index in self._fib4.routes.items():
+            found[IPv4Network(key)] = index
+        for key, index in self._fib6.routes.items():
+            found[IPv6Network(key)] = index
+        return found
 
     def adjacency(self, index: int) -> np.void:
         """Return row `index` of the adjacency table."""
