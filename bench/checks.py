@@ -117,16 +117,21 @@ def curl(source: Namespace, address: str, servers: Servers, seconds: float = 20.
 def iperf3(
     source: Namespace,
     address: str,
-    seconds: float = 1.0,
-    options: tuple[str, ...] = (),
+    seconds: int = 1,
+    amount: str = "",
     cpu: int | None = None,
+    options: tuple[str, ...] = (),
 ) -> Stream:
-    """One TCP stream for some seconds (whole ones: iperf3 rounds)."""
-    words = ["iperf3", "-c", address, "-p", str(IPERF_PORT), "-t", str(max(1, round(seconds)))]
-    words += ["-J", "--connect-timeout", "5000", *options]
+    """One TCP stream of whole seconds, or of an amount of bytes ("100M") when one is given."""
+    words = ["iperf3", "-c", address, "-p", str(IPERF_PORT), "-J", "--connect-timeout", "5000"]
+    words += ["-n", amount] if amount else ["-t", str(seconds)]
     if cpu is not None:
         words = ["taskset", "-c", str(cpu), *words]
-    end = json.loads(source.run(*words, timeout=seconds + 30))["end"]
+    text = source.run(*words, *options, timeout=seconds + 60)
+    report = json.loads(text)
+    end = report.get("end", {})
+    if "sum_received" not in end:
+        raise LabError(f"iperf3 to {address}: {report.get('error', text[-500:])}")
     received = end["sum_received"]["bits_per_second"]
     return Stream(received / 1e9, end["sum_sent"].get("retransmits", 0))
 
