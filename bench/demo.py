@@ -2,9 +2,9 @@
 
 Rule: whatever happens, the machine is left as it was; `--once` exits non-zero if a check failed.
 
-Theory. The nodes are network namespaces on a veth underlay that behaves as a wire. Ping and curl run
-side by side; iperf3 alone, since it measures. A transfer within a node is larger than one across,
-so that each takes about as long.
+Theory. The nodes are network namespaces on a veth underlay that behaves as a wire. Ping and curl
+run side by side; iperf3 alone, since it measures. A transfer within a node is larger than one
+across, so that each takes about as long.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -26,7 +27,7 @@ from bench.lab import Lab, LabError, Namespace
 from bench.penstock import Cluster, Settings
 from xdp.artifacts import find
 
-AMOUNT = {True: "600M", False: "60M"}  # a transfer: same node or not
+AMOUNT = {True: "1G", False: "100M"}  # a transfer: same node or not
 AT_ONCE = 4
 
 
@@ -58,36 +59,28 @@ class Pair:
         """Whether no underlay lies between."""
         return self.source.node == self.target.node
 
-    def attempt(self, what: str, family: int, found: dict, check: Callable[[], object]) -> None:
-        """Run a check and keep what it found, or its error."""
+    def attempt(
+        self, family: int, found: dict, check: Callable[..., Any], *arguments: Any, **options: Any
+    ) -> None:
+        """Check from the source to the target; keep what was found, or the error."""
         try:
-            found[family] = check()
+            address = self.target.addresses[family]
+            found[family] = check(self.source.namespace, address, *arguments, **options)
         except LabError as error:
             one_line = " ".join(str(error).split())[:400]
-            where = f"{self.source.name} -> {self.target.name}"
-            self.errors.append(f"{where}, IPv{family}, {what}: {one_line}")
+            where = f"{self.source.name} -> {self.target.name}, IPv{family}"
+            self.errors.append(f"{where}, {check.__name__}: {one_line}")
 
     def reach(self) -> None:
         """Ping and fetch in both families."""
-        source, target = self.source.namespace, self.target
-        for family, address in target.addresses.items():
-            servers = target.servers
-            assert servers is not None
-            self.attempt("ping", family, self.ping, lambda a=address: checks.ping(source, a))
-            self.attempt(
-                "curl", family, self.fetch, lambda a=address: checks.curl(source, a, servers)
-            )
+        for family in self.target.addresses:
+            self.attempt(family, self.ping, checks.ping)
+            self.attempt(family, self.fetch, checks.curl, self.target.servers)
 
     def measure(self) -> None:
         """One TCP stream a family."""
-        amount, source = AMOUNT[self.same_node], self.source.namespace
-        for family, address in self.target.addresses.items():
-            self.attempt(
-                "iperf3",
-                family,
-                self.stream,
-                lambda a=address: checks.iperf3(source, a, amount=amount),
-            )
+        for family in self.target.addresses:
+            self.attempt(family, self.stream, checks.iperf3, amount=AMOUNT[self.same_node])
 
 
 @contextmanager
@@ -140,22 +133,20 @@ def check(places: list[Place], progress: Progress) -> list[Pair]:
 def table(pairs: list[Pair]) -> Table:
     """What was found, one row a pair."""
     found = Table(
-        title="round trip: average of ping, ms; TCP: iperf3, Gbit/s", title_justify="left"
+        title="ping: average round trip, ms; curl: 1 MiB, compared; TCP: iperf3, Gbit/s",
+        title_justify="left",
     )
     for heading in ("from", "to", "path"):
-        found.add_column(heading)
-    for family in (4, 6):
-        for heading in ("ping", "curl", "TCP"):
-            found.add_column(f"IPv{family} {heading}", justify="right")
-    found.add_column("result")
+        found.add_column(heading, no_wrap=True)
+    for heading in ("ping v4", "v6", "curl v4", "v6", "TCP v4", "v6"):
+        found.add_column(heading, justify="right", no_wrap=True)
+    found.add_column("result", no_wrap=True)
     order = sorted(pairs, key=lambda p: (p.source.is_pod + p.target.is_pod < 2, not p.same_node))
     for pair in order:
         cells = [pair.source.name, pair.target.name, "node" if pair.same_node else "across"]
-        for family in (4, 6):
-            ping, stream = pair.ping.get(family), pair.stream.get(family)
-            cells.append(f"{ping.average:.2f}" if ping else "-")
-            cells.append("ok" if family in pair.fetch else "-")
-            cells.append(f"{stream.gbits:.1f}" if stream else "")
+        cells += [f"{pair.ping[f].average:.2f}" if f in pair.ping else "-" for f in (4, 6)]
+        cells += ["ok" if f in pair.fetch else "-" for f in (4, 6)]
+        cells += [f"{pair.stream[f].gbits:.1f}" if f in pair.stream else "" for f in (4, 6)]
         found.add_row(*cells, "[red]failed[/red]" if pair.errors else "[green]ok[/green]")
     return found
 
@@ -192,7 +183,7 @@ def run(console: Console, settings: Settings, once: bool, seconds: float | None)
                 live.show(cluster.nodes, console, seconds)
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop this
-            console.print("removing pods, nodes and files")
+            console.print("\nremoving pods, nodes and files")
         for node in cluster.nodes:
             for pod in list(node.pods):
                 pod.delete()

@@ -56,7 +56,7 @@ class Pod:
         self.namespace = node.cluster.lab.namespace(name)
         self.result = node.cni("ADD", self)
         interfaces = [ip_interface(row["address"]) for row in self.result["ips"]]
-        self.addresses = {one.version: str(one.ip) for one in interfaces}
+        self.addresses: dict[int, str] = {one.version: str(one.ip) for one in interfaces}
 
     def delete(self) -> None:
         """Run DEL and remove the namespace."""
@@ -80,7 +80,10 @@ class Node:
         self.config = self.folder / "config.yaml"
         self.folder.mkdir()
         self.config.write_text(yaml.safe_dump(self._config()))
-        self.addresses = {4: str(UNDERLAY4 + number), 6: str(UNDERLAY6 + number)}
+        self.addresses: dict[int, str] = {
+            4: str(UNDERLAY4 + number),
+            6: str(UNDERLAY6 + number),
+        }
         self.process: Process | None = None
         self.pods: list[Pod] = []
 
