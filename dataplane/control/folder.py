@@ -8,6 +8,8 @@ inotify says that something changed. Files are small and few, so all are read ag
 its last good manifests. A file that goes takes its objects with it.
 """
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from dataplane.control.objects import ManifestError, Objects, collect
 
 SUFFIXES = (".yaml", ".yml", ".json")
 STEP_MS = 200  # inotify's batch: an editor writes a file in several steps
+QUIET_MS = 5000  # without an event the folder is looked at so often
+ABSENT_S = 1.0  # and a folder that is not there yet
 
 
 class FolderSource:
@@ -54,19 +58,38 @@ class FolderSource:
 
     async def changes(self) -> AsyncIterator[Objects]:
         """Yield the objects now and after every change; ends never."""
-        yield self.read()
+        seen = None
         while True:
-            watched = self.folder if self.folder.is_dir() else _ancestor(self.folder)
-            async for _ in awatch(watched, step=STEP_MS, recursive=False, force_polling=False):
+            if (now := self._fingerprint()) != seen:
+                seen = now
                 yield self.read()
-                if watched != self.folder and self.folder.is_dir():
-                    break
-            else:
-                return
+            if not self.folder.is_dir():
+                await asyncio.sleep(ABSENT_S)
+                continue
+            # A change between the reading and the watch's beginning is found by the time-out.
+            watch = awatch(
+                self.folder,
+                step=STEP_MS,
+                rust_timeout=QUIET_MS,
+                yield_on_timeout=True,
+                recursive=False,
+            )
+            with contextlib.suppress(FileNotFoundError):
+                async for _ in watch:
+                    if (now := self._fingerprint()) != seen:
+                        seen = now
+                        yield self.read()
+                    if not self.folder.is_dir():
+                        break
 
-
-def _ancestor(folder: Path) -> Path:
-    return next(parent for parent in folder.parents if parent.is_dir())
+    def _fingerprint(self) -> list[tuple[str, int, int]]:
+        """What tells that a file changed: name, time, size."""
+        found = []
+        for path in self.folder.glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((path.name, status.st_mtime_ns, status.st_size))
+        return sorted(found)
 
 
 def _manifests(path: Path) -> list[Mapping[str, Any]]:

@@ -1,12 +1,12 @@
 """Millions of bad frames through all stages: `python -m tests.fuzz.fuzz_frames --frames 10000000`.
 
-Rule: whatever comes in, each packet ends as sent or dropped with a known reason, inside its frame, and
-nothing outside its frame is written.
+Rule: whatever comes in, each packet ends as sent or dropped with a known reason, inside its
+frame, and nothing outside its frame is written.
 
-Theory. The vector is built by numpy from a corpus of valid frames (tests/strategies.py) and random bytes:
-each frame is cut to a random length and has random bytes overwritten, mostly in its headers. All stages
-run (loop.process). Between vectors the invariants are checked with numpy, so that ten million frames
-take about a minute. A failure prints the seed and the frame.
+Theory. The vector is built by numpy from a corpus of valid frames (tests/strategies.py) and
+random bytes: each frame is cut to a random length and has random bytes overwritten, mostly in its
+headers. All stages run (loop.process). Between vectors the invariants are checked with numpy, so
+that ten million frames take about a minute. A failure prints the seed and the frame.
 """
 
 import argparse
