@@ -2,7 +2,8 @@
 
 Rule: the message names the pool, the numbers and the fix.
 
-Theory. Exhaustion passes with time or a larger pool; a damaged state needs a person.
+Theory. Exhaustion passes with time or a larger pool, an unusable file with space or rights; a
+damaged state needs a person.
 """
 
 
@@ -20,3 +21,7 @@ class PoolRefused(IpamError):
 
 class StateDamaged(IpamError):
     """The state file cannot be read; it is never silently started anew."""
+
+
+class StateUnavailable(IpamError):
+    """The state file is sound but cannot be used now: locked, read-only, disk full."""

@@ -11,6 +11,7 @@ connections and caches do not meet a new pod.
 from collections.abc import Collection
 from ipaddress import IPv4Address, IPv6Address
 
+from ipam.errors import PoolRefused
 from ipam.model import Address, Cidr
 
 
@@ -20,6 +21,22 @@ def bounds(cidr: Cidr) -> tuple[int, int]:
     if cidr.prefixlen >= cidr.max_prefixlen - 1:
         return first, last
     return first + 1, last - (1 if cidr.version == 4 else 0)
+
+
+def router_address(cidr: Cidr) -> Address:
+    """Return the pods' gateway: the first usable address of a pod CIDR."""
+    return type(cidr.network_address)(bounds(cidr)[0])
+
+
+def check(cidr: Cidr, family: int, reserved: Collection[Address]) -> None:
+    """Raise PoolRefused for a pool of the wrong family or without an address for a pod."""
+    if cidr.version != family:
+        raise PoolRefused(f"pool {cidr} stands under family {family}, it is IPv{cidr.version}")
+    if size(cidr, reserved) < 1:
+        raise PoolRefused(
+            f"pool {cidr} has no address for a pod besides the router's: a node CIDR must be /30 "
+            "or larger in IPv4, /126 or larger in IPv6"
+        )
 
 
 def size(cidr: Cidr, reserved: Collection[Address]) -> int:

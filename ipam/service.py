@@ -4,7 +4,8 @@ Rule: an address belongs to one attachment at a time, and asking again for the s
 gives the same addresses.
 
 Theory. A lease takes one address of each family that the node has, in one transaction. A released
-address rests REST_S seconds; fresh ones come first, then the one released longest ago. A lease
+address rests REST_S seconds; fresh ones come first, then the one released longest ago (in a pool
+without an end, IPv6, as soon as REUSE_FROM of them have rested). A lease
 whose pod is gone without a DEL is a leak: `sweep` returns it when the caller has said so twice,
 at least SUSPECT_S apart, so that a pod which is just being attached is never taken for gone.
 """
@@ -20,11 +21,12 @@ from typing import Any
 
 from ipam.errors import AllocationExhausted, PoolRefused
 from ipam.model import Address, Cidr, Key, Lease
-from ipam.pool import bounds, following, size
+from ipam.pool import bounds, check, following, router_address, size
 from ipam.store import JOURNAL_MOST, Store
 
 REST_S = 60.0
 SUSPECT_S = 30.0
+REUSE_FROM = 4096  # rested addresses from which on they come before fresh ones
 
 
 def _blob(address: Address) -> bytes:
@@ -58,10 +60,15 @@ class Ipam:
     # --- pools ------------------------------------------------------------------------------------
 
     def set_node_pools(self, pools: Mapping[int, Cidr], reserved: Iterable[Address] = ()) -> None:
-        """Set the node's CIDR of each family. Raises PoolRefused when leases would be stranded."""
-        kept = list(reserved)
+        """Set the node's CIDR of each family; its router address is reserved in any case.
+
+        Raises PoolRefused when a pool has no room or leases would be stranded.
+        """
+        kept = {*reserved, *(router_address(cidr) for cidr in pools.values())}
+        for family, cidr in pools.items():
+            check(cidr, family, kept)
         with self._lock, self._store.change() as db:
-            self._refuse_strays(db, pools)
+            self._refuse_strays(db, pools, kept)
             db.execute("DELETE FROM reserved")
             for address in kept:
                 row = (address.version, _blob(address))
@@ -76,12 +83,14 @@ class Ipam:
                     )
                     self._note(db, f"pool {cidr}")
 
-    def _refuse_strays(self, db: sqlite3.Connection, pools: Mapping[int, Cidr]) -> None:
+    def _refuse_strays(
+        self, db: sqlite3.Connection, pools: Mapping[int, Cidr], kept: set[Address]
+    ) -> None:
         rows = db.execute("SELECT family, address FROM address WHERE lease IS NOT NULL").fetchall()
         strays = [
             str(address)
             for family, address in ((f, _address(f, blob)) for f, blob in rows)
-            if family not in pools or address not in pools[family]
+            if family not in pools or address not in pools[family] or address in kept
         ]
         if strays:
             shown = ", ".join(strays[:5]) + (" ..." if len(strays) > 5 else "")
@@ -98,6 +107,7 @@ class Ipam:
     ) -> Lease:
         """Lease an address of each family. Raises AllocationExhausted, with nothing changed."""
         key = (network, container_id, ifname)
+        self._settle_clock()
         with self._lock, self._store.change() as db:
             if found := self._find(db, key):
                 return found
@@ -118,6 +128,12 @@ class Ipam:
             self._note(db, "allocate", key, addresses)
             return Lease(key, addresses, now, dict(owner or {}))
 
+    def _settle_clock(self) -> None:
+        """Keep a clock that was set back from prolonging the rest; stands whatever follows."""
+        with self._lock, self._store.change() as db:
+            now = self._clock()
+            db.execute("UPDATE address SET released = ? WHERE released > ?", (now, now))
+
     def _take(
         self,
         db: sqlite3.Connection,
@@ -128,17 +144,18 @@ class Ipam:
         now: float,
     ) -> Address:
         """Lease the next fresh address of a family, or the one that has rested longest."""
-        rows = db.execute("SELECT address FROM reserved WHERE family = ?", (family,)).fetchall()
-        rows += db.execute("SELECT address FROM address WHERE family = ?", (family,)).fetchall()
-        taken = {int.from_bytes(blob, "big") for (blob,) in rows}
-        after = int.from_bytes(last, "big") if last is not None else None
-        fresh = following(cidr, after, taken)
+        first, end = (number.to_bytes(16, "big") for number in bounds(cidr))
+        rested = db.execute(
+            "SELECT count(*) FROM address WHERE family = ? AND released <= ? "
+            "AND address BETWEEN ? AND ?",
+            (family, now - self._rest, first, end),
+        ).fetchone()[0]
+        fresh = self._fresh(db, family, cidr, last) if rested <= REUSE_FROM else None
         if fresh is not None:
             row = (family, _blob(fresh), lease)
             db.execute("INSERT INTO address VALUES (?, ?, ?, NULL)", row)
             db.execute("UPDATE pool SET next = ? WHERE family = ?", (_blob(fresh), family))
             return fresh
-        first, end = (number.to_bytes(16, "big") for number in bounds(cidr))
         found = db.execute(
             "SELECT address, released FROM address WHERE family = ? AND lease IS NULL "
             "AND address BETWEEN ? AND ? ORDER BY released, address LIMIT 1",
@@ -151,6 +168,17 @@ class Ipam:
             (lease, family, found[0]),
         )
         return _address(family, found[0])
+
+    def _fresh(
+        self, db: sqlite3.Connection, family: int, cidr: Cidr, last: bytes | None
+    ) -> Address | None:
+        """The first address behind `last` that is neither reserved nor leased nor released."""
+        query = "SELECT address FROM {} WHERE family = ? AND address > ?"
+        rows = []
+        for table in ("reserved", "address"):
+            rows += db.execute(query.format(table), (family, last or b"")).fetchall()
+        taken = {int.from_bytes(blob, "big") for (blob,) in rows}
+        return following(cidr, int.from_bytes(last, "big") if last else None, taken)
 
     def _exhausted(
         self, db: sqlite3.Connection, family: int, cidr: Cidr, oldest: float | None, now: float
@@ -194,7 +222,7 @@ class Ipam:
             return None
         found = db.execute("SELECT family, address FROM address WHERE lease = ?", row[:1])
         addresses = {family: _address(family, blob) for family, blob in found.fetchall()}
-        return Lease(tuple(key), addresses, row[2], json.loads(row[1]))
+        return Lease(key, addresses, row[2], json.loads(row[1]))
 
     def leases(self) -> list[Lease]:
         """Return all leases, oldest first."""
@@ -211,7 +239,7 @@ class Ipam:
                 dict.__setitem__(lease.addresses, family, _address(family, blob))  # type: ignore
         return list(found.values())
 
-    # --- leaks, numbers, history --------------------------------------------------------------------
+    # --- leaks, numbers, history ------------------------------------------------------------------
 
     def sweep(self, is_alive: Callable[[Lease], bool]) -> list[Lease]:
         """Release the leases that is_alive has denied twice, SUSPECT_S apart; return them."""
