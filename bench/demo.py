@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -135,6 +136,7 @@ def table(pairs: list[Pair]) -> Table:
     found = Table(
         title="ping: average round trip, ms; curl: 1 MiB, compared; TCP: iperf3, Gbit/s",
         title_justify="left",
+        box=SIMPLE_HEAD,
     )
     for heading in ("from", "to", "path"):
         found.add_column(heading, no_wrap=True)
