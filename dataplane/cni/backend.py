@@ -13,46 +13,19 @@ Operations on one container are serialised by the server, GC runs alone.
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Any, Protocol
+from typing import Any
 
 from dataplane.cni import check, result, wire
 from dataplane.cni.deletes import Deletes
 from dataplane.cni.endpoints import Endpoint, Endpoints, Key
 from dataplane.cni.errors import CniError, Code
-from dataplane.cni.model import Address, Attachment, NodeAddressing, host_name
+from dataplane.cni.model import Attachment, NodeAddressing, host_name
 from dataplane.cni.protocol import Request
+from ipam.errors import AllocationExhausted, IpamError
+from ipam.model import Lease
+from ipam.service import Ipam
 
 READY_S = 40.0  # the shim waits 60 s
-
-
-class Lease(Protocol):
-    """Addresses reserved for one attachment, by family."""
-
-    @property
-    def addresses(self) -> dict[int, Address]:
-        """4 and 6 -> address."""
-        ...
-
-    @property
-    def key(self) -> Key:
-        """(network, container id, interface)."""
-        ...
-
-
-class Ipam(Protocol):
-    """What the backend needs of address management."""
-
-    def allocate(self, network: str, container_id: str, ifname: str, owner: dict) -> Any:
-        """Reserve addresses; the same again for the same attachment."""
-        ...
-
-    def release(self, key: Key) -> Any:
-        """Give them back; None when there are none."""
-        ...
-
-    def leases(self) -> Any:
-        """All that is reserved."""
-        ...
 
 
 class Backend:
@@ -159,7 +132,7 @@ class Backend:
             if key[0] == request.network and key[1:] not in valid:
                 try:
                     await self.delete(key)
-                except (CniError, OSError) as error:
+                except (CniError, IpamError, OSError) as error:
                     failures.append(f"{key[1]}/{key[2]}: {error}")
         if failures:
             message = f"{len(failures)} attachments could not be removed"
@@ -206,14 +179,17 @@ class Backend:
             raise CniError(code, message)
         return node
 
-    def _allocate(self, request: Request, undo: AsyncExitStack) -> Any:
+    def _allocate(self, request: Request, undo: AsyncExitStack) -> Lease:
         owner = {
             "namespace": request.arguments.get("K8S_POD_NAMESPACE", ""),
             "name": request.arguments.get("K8S_POD_NAME", ""),
             "uid": request.arguments.get("K8S_POD_UID", ""),
         }
         held = any(lease.key == request.key for lease in self.ipam.leases())
-        lease = self.ipam.allocate(*request.key, owner)
+        try:
+            lease = self.ipam.allocate(*request.key, owner)
+        except AllocationExhausted as error:
+            raise CniError(Code.POOL_EXHAUSTED, str(error)) from error
         if not held:  # a repeated ADD must not give away what the standing attachment uses
             undo.callback(self.ipam.release, request.key)
         return lease

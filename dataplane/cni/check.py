@@ -13,8 +13,9 @@ from typing import Any
 
 from pyroute2 import IPRoute
 
-from dataplane.cni import namespaces, offload
+from dataplane.cni import namespaces
 from dataplane.cni.model import Attachment
+from xdp import device
 
 _IFF_UP = 1
 _NUD_PERMANENT = 0x80
@@ -137,7 +138,7 @@ def _pod(ifname: str) -> Pod | None:
             if n["state"] & _NUD_PERMANENT
         }
         routes = dict(_route(r) for family in (2, 10) for r in ip.get_routes(family=family))
-    return Pod(link, addresses, routes, neighbours, offload.checksum_is_on(ifname))
+    return Pod(link, addresses, routes, neighbours, device.checksum_is_on(ifname))
 
 
 def _route(route) -> tuple[tuple[str, str], int]:

@@ -28,6 +28,7 @@ from dataplane.cni.protocol import (
     parse,
     version_of,
 )
+from ipam.errors import IpamError
 
 RECEIVE_S = 30.0
 REPLAY_S = 5.0  # a shim may write its DEL just after the agent looked
@@ -116,7 +117,7 @@ class CniServer:
         try:
             async with self._locks.alone():
                 count = await self.backend.replay()
-        except (CniError, OSError) as error:
+        except (CniError, IpamError, OSError) as error:
             log.warning("a remembered DEL failed and is kept", error=str(error))
         else:
             if count:

@@ -20,9 +20,10 @@ from pathlib import Path
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from dataplane.cni import namespaces, offload
+from dataplane.cni import namespaces
 from dataplane.cni.errors import CniError, Code
 from dataplane.cni.model import PREFIX, Address, Attachment, PodRoute
+from xdp import device
 
 _HOST_END = re.compile(PREFIX + "[0-9a-f]{8}")
 _IFA_F_NODAD = 0x02
@@ -129,7 +130,7 @@ def _configure_pod(attachment: Attachment) -> None:
     """Runs in the pod's namespace."""
     if any(address.version == 6 for address in attachment.addresses):
         _prepare_ipv6(attachment.ifname)
-    offload.checksum_off(attachment.ifname)
+    device.checksum_off(attachment.ifname)
     with IPRoute() as ip:
         ip.link("set", index=ip.link_lookup(ifname="lo")[0], state="up")
         index = ip.link_lookup(ifname=attachment.ifname)[0]
