@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dataplane.cni import result
 from dataplane.cni.errors import CniError, Code
 from dataplane.cni.model import Attachment, NodeAddressing, host_name, macs
-from dataplane.cni.protocol import VERSIONS, error_body, frame, parse, version_of
+from dataplane.cni.protocol import VERSIONS, error_body, parse, version_of
 
 NODE = NodeAddressing(
     ip_address("10.1.0.1"),
