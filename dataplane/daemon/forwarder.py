@@ -69,12 +69,13 @@ class Forwarder:
         return self.ports.view()
 
     def turn(self) -> None:
-        """Once a second: heartbeat, dead devices, a port table that changed without a call."""
+        """Once a second: heartbeat, dead devices, changes without a call, ports that failed."""
         if self._alive():
             self.steering.beat()
         for name in self.ports.check():
             log.warning("device gone", device=name)
-        if int(self.shm.control[0]["ports_generation"]) != self.generation:
+        changed = int(self.shm.control[0]["ports_generation"]) != self.generation
+        if changed or any(port["error"] for port in self.ports.view()):
             self.sync()
 
     def _alive(self) -> bool:
