@@ -91,9 +91,11 @@ class FakeKernel:
         for found in ours:
             self.routes.remove(found)
         device = self.links[route.device].index
-        self.routes.append(
-            Route(route.network, route.gateway, device, mtu=route.mtu, protocol=PROTOCOL)
-        )
+        made = Route(
+            route.network, route.gateway, device, mtu=route.mtu, protocol=PROTOCOL,
+            source=route.source,
+        )  # fmt: skip
+        self.routes.append(made)
 
     def remove_route(self, route) -> None:
         self.routes.remove(route)

@@ -7,13 +7,12 @@ problem in the answer, shown by `penstock status`. Without this node's own objec
 computed: NotReady says what is missing.
 """
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from ipaddress import ip_network
 
 from dataplane.control import overlay
 from dataplane.control.config import Config
+from dataplane.control.here import PORT_UPLINK, Here, NotReady, here
 from dataplane.control.model import (
     HOST,
     HOST_MTU,
@@ -29,94 +28,23 @@ from dataplane.control.model import (
     Tables,
 )
 from dataplane.control.objects import ManifestError, Node, Objects
-from dataplane.control.routing import UNRESOLVED, Underlay
+from dataplane.control.routing import Underlay
+from dataplane.tables.errors import TableError
 from dataplane.tables.model import Adjacency, Port, Tunnel
 from xdp.abi import CONST, value
 
 POD, GATEWAY = value("ADJACENCY_POD"), value("ADJACENCY_GATEWAY")
 TO_HOST, TO_TUNNEL = value("ADJACENCY_HOST"), value("ADJACENCY_TUNNEL")
 BLACKHOLE = value("ADJACENCY_BLACKHOLE")
-PORT_POD, PORT_HOST, PORT_UPLINK = value("PORT_POD"), value("PORT_HOST"), value("PORT_UPLINK")
-FAMILIES = (4, 6)
+PORT_POD, PORT_HOST = value("PORT_POD"), value("PORT_HOST")
 
-
-class NotReady(Exception):
-    """Something that the node cannot do without is missing; the message says what and the fix."""
-
-
-@dataclass(frozen=True)
-class Here:
-    """This node, as far as everything else depends on it."""
-
-    node: Node
-    underlay: Address
-    uplinks: tuple[Link, ...]
-    mac: bytes
-    routers: Mapping[int, Address]
-    path_mtu: int
-    workers: int
-
-
-def router(cidr: Cidr) -> Address:
-    """Return the router address of a pod CIDR: its first usable address."""
-    return cidr.network_address + 1
-
-
-def here(config: Config, objects: Objects, actual: Actual) -> Here:
-    """Find out about this node. Raises NotReady."""
-    name, network = config.node.name, config.network
-    node = objects.nodes.get(name)
-    if node is None:
-        raise NotReady(f"there is no Node {name!r} among {len(objects.nodes)}: add its manifest")
-    if not node.pod_cidrs:
-        raise NotReady(f"Node {name} has no spec.podCIDRs: set them, or network.pools")
-    family = network.underlay_family
-    underlay = node.internal_ip(family)
-    if underlay is None:
-        raise NotReady(f"Node {name} has no InternalIP of family {family}: network.underlay_family")
-    uplinks = _uplinks(config, node, actual)
-    encapsulated = family if network.mode == "overlay" else None
-    mtu = overlay.path_mtu(min(link.mtu for link in uplinks), encapsulated, network.mtu)
-    queues = min(link.queues for link in uplinks)
-    limit = min(queues, os.cpu_count() or 1, CONST["WORKERS_MAX"], CONST["QUEUES_MAX"])
-    if config.forwarder.workers > queues:
-        raise NotReady(
-            f"forwarder.workers {config.forwarder.workers}, but an uplink has {queues} queues: "
-            f"set it to {queues} or raise the queues (ethtool -L)"
-        )
-    return Here(
-        node,
-        underlay,
-        uplinks,
-        overlay.vtep_mac(node, underlay),
-        {cidr.version: router(cidr) for cidr in node.pod_cidrs},
-        mtu,
-        config.forwarder.workers or limit,
-    )
-
-
-def _uplinks(config: Config, node: Node, actual: Actual) -> tuple[Link, ...]:
-    names = config.network.uplinks
-    if not names:
-        mine = set(node.internal_ips)
-        names = [
-            link.name
-            for link in actual.links.values()
-            if mine & {address for address, _ in actual.addresses.get(link.index, ())}
-        ]
-    if not names:
-        wanted = ", ".join(map(str, node.internal_ips)) or "none"
-        raise NotReady(f"no device has an InternalIP of Node {node.name} ({wanted}): add it")
-    missing = [name for name in names if name not in actual.links]
-    if missing:
-        raise NotReady(f"uplink {missing[0]} is not there: it is gone, or network.uplinks is wrong")
-    return tuple(actual.links[name] for name in names)
+__all__ = ["NotReady", "desired"]
 
 
 def _ports(
-    me: Here, endpoints: Sequence[EndpointView], actual: Actual, current: Mapping[int, Port]
-) -> dict[int, Port]:
-    """Every port, at the index that its name already has."""
+    me: Here, endpoints: Sequence[EndpointView], actual: Actual, problems: list[str]
+) -> list[Port]:
+    """Every port that should stand."""
     found: list[Port] = []
     host, peer = actual.links.get(HOST), actual.links.get(HOST_PEER)
     if host and peer:
@@ -130,26 +58,46 @@ def _ports(
         veth = actual.links.get(end.host_ifname)
         if veth is None or veth.index != end.ifindex:
             continue  # the pod's veth is gone: its runtime owes a DEL
-        found.append(
-            Port(
-                kind=PORT_POD,
-                name=end.host_ifname,
-                ifindex=end.ifindex,
-                mtu=end.mtu,
-                queue_count=end.queue_count,
-                mac=end.mac,
-                peer_mac=end.peer_mac,
-                address4=end.address4,
-                address6=end.address6,
-                endpoint=end.number,
+        try:
+            found.append(
+                Port(
+                    kind=PORT_POD,
+                    name=end.host_ifname,
+                    ifindex=end.ifindex,
+                    mtu=end.mtu,
+                    queue_count=end.queue_count,
+                    mac=end.mac,
+                    peer_mac=end.peer_mac,
+                    address4=end.address4,
+                    address6=end.address6,
+                    endpoint=end.number,
+                )
             )
-        )
+        except TableError as error:
+            problems.append(f"endpoint {end.number}: {error}")
+    return found
+
+
+def _placed(ports: Sequence[Port], current: Mapping[int, Port]) -> dict[int, Port]:
+    """Each port at the index its name already has; a new one where nothing stands now.
+
+    So no index changes its device in one turn, as long as there is room: a worker in the middle
+    of a vector would otherwise send a packet of the old port to the new one.
+    """
     by_name = {port.name: index for index, port in current.items()}
-    taken = {by_name[port.name] for port in found if port.name in by_name}
-    free = iter(index for index in range(CONST["PORTS_MAX"]) if index not in taken)
-    placed = {by_name[p.name] if p.name in by_name else next(free, -1): p for p in found}
-    if -1 in placed:
-        raise NotReady(f"more than {CONST['PORTS_MAX']} ports on this node (PORTS_MAX)")
+    kept = {by_name[port.name] for port in ports if port.name in by_name}
+    everything = range(CONST["PORTS_MAX"])
+    fresh = [index for index in everything if index not in current]
+    reused = [index for index in current if index not in kept]
+    free = iter(fresh + reused)
+    placed = {}
+    for port in ports:
+        index = by_name[port.name] if port.name in by_name else next(free, None)
+        if index is None:
+            raise NotReady(
+                f"{len(ports)} ports, limit {len(everything)} a node (PORTS_MAX): fewer pods here"
+            )
+        placed[index] = port
     return placed
 
 
@@ -160,8 +108,9 @@ class _Routes:
         self.config, self.me, self.under = config, me, under
         self.host_port, self.host_mac = host_port, host
         self.table: dict[Cidr, Adjacency] = {}
-        self.host: list[HostRoute] = []
-        self.problems: list[str] = []
+        self.host: dict[Cidr, HostRoute] = {}
+        self.mine: set[Address] = {*me.node.internal_ips, *me.routers.values()}
+        self.owner: dict[Cidr, str] = {}
 
     def to_node(self, kind: int) -> Adjacency:
         return Adjacency(
@@ -175,16 +124,21 @@ class _Routes:
     def own(self, actual: Actual) -> None:
         """This node's addresses and pod CIDRs."""
         for link in actual.links.values():
-            if link.name in ("lo", HOST, HOST_PEER):
-                continue
             for address, _ in actual.addresses.get(link.index, ()):
-                if not address.is_link_local:
+                inner = link.name in (HOST, HOST_PEER)
+                if not (inner or address.is_link_local or address.is_loopback):
+                    self.mine.add(address)
                     self.table[_host(address)] = self.to_node(TO_HOST)
-        for cidr in self.me.node.pod_cidrs:
+        for cidr in self.me.pod_cidrs:
             self.table[cidr] = Adjacency(BLACKHOLE)
             at = self.me.routers[cidr.version]
             self.table[_host(at)] = self.to_node(GATEWAY)
-            self.host.append(HostRoute(cidr, NEXT_HOPS[cidr.version], HOST, HOST_MTU, at))
+            self._to_pods(cidr, HOST_MTU)
+
+    def _to_pods(self, cidr: Cidr, mtu: int) -> None:
+        """The node's own route to pods, through penstock0 and the forwarder."""
+        if source := self.me.routers.get(cidr.version):
+            self.host[cidr] = HostRoute(cidr, NEXT_HOPS[cidr.version], HOST, mtu, source)
 
     def pods(self, ports: Mapping[int, Port]) -> None:
         """Pods of this node."""
@@ -200,35 +154,61 @@ class _Routes:
                     )
 
     def remote(self, node: Node) -> None:
-        """Another node's pod CIDRs and addresses. Raises ManifestError."""
+        """Another node's pod CIDRs and addresses. Raises ManifestError for one that is not."""
+        self._check(node)
         if self.config.network.mode == "direct":
             self._remote_direct(node)
         else:
             self._remote_overlay(node)
 
+    def _check(self, node: Node) -> None:
+        """Refuse what would take away the traffic of this node or of another."""
+        for address in node.internal_ips:
+            if address in self.mine:
+                raise ManifestError(
+                    f"Node {node.name}: InternalIP {address} is this node's own: correct one"
+                )
+        for cidr in node.pod_cidrs:
+            own = self.me.node.pod_cidr(cidr.version)
+            if own and cidr.subnet_of(own):  # type: ignore[arg-type]
+                raise ManifestError(f"Node {node.name}: pod CIDR {cidr} is part of this node's own")
+            inside = [at for at in self.me.node.internal_ips if at in cidr]
+            if inside:
+                raise ManifestError(f"Node {node.name}: pod CIDR {cidr} covers our {inside[0]}")
+            if cidr in self.owner:
+                raise ManifestError(
+                    f"Node {node.name}: pod CIDR {cidr} is Node {self.owner[cidr]}'s: correct one"
+                )
+        self.owner.update(dict.fromkeys(node.pod_cidrs, node.name))
+
     def _remote_overlay(self, node: Node) -> None:
         network = self.config.network
         remote = node.internal_ip(network.underlay_family)
         if remote is None:
-            raise ManifestError(f"Node {node.name} has no InternalIP of the underlay's family")
-        adjacency = self._tunnel(node, remote)
+            raise ManifestError(
+                f"Node {node.name} has no InternalIP of family {network.underlay_family} "
+                "(network.underlay_family): add it to status.addresses"
+            )
+        inner_mac = overlay.vtep_mac(node, remote)
+        found = self.under.find(remote)
+        adjacency = self._tunnel(remote, inner_mac, found)
         for cidr in node.pod_cidrs:
             self.table[cidr] = adjacency
-            if self.me.routers.get(cidr.version):
-                hop, source = NEXT_HOPS[cidr.version], self.me.routers[cidr.version]
-                self.host.append(HostRoute(cidr, hop, HOST, self.me.path_mtu, source))
+            self._to_pods(cidr, self.me.path_mtu)
         for address in node.internal_ips:
             self.table[_host(address)] = adjacency
-
-    def _tunnel(self, node: Node, remote: Address) -> Adjacency:
-        found = self.under.find(remote)
         if found is None:
-            raise ManifestError(f"Node {node.name}: no uplink leads to {remote}: add a route")
-        link, hop = found
-        mac = self.under.mac(link.index, hop)
-        if mac is None:
-            return Adjacency(UNRESOLVED, port=self.under.ports[link.index])
+            raise ManifestError(_nowhere(node, remote))
+
+    def _tunnel(
+        self, remote: Address, inner_mac: bytes, found: tuple[Link, Address] | None
+    ) -> Adjacency:
+        """The tunnel to a node; UNRESOLVED while the way is not known, never another way."""
         network = self.config.network
+        link, hop = found or (self.me.uplinks[0], None)
+        mac = self.under.mac(link.index, hop) if hop else None
+        if mac is None:
+            return self.under.unresolved(link, self.me.path_mtu)
         return Adjacency(
             TO_TUNNEL,
             port=self.under.ports[link.index],
@@ -242,24 +222,31 @@ class _Routes:
                 network.tunnel_port,
                 network.vni,
                 self.me.mac,
-                overlay.vtep_mac(node, remote),
+                inner_mac,
             ),
         )
 
     def _remote_direct(self, node: Node) -> None:
+        lost = []
         for cidr in node.pod_cidrs:
             address = node.internal_ip(cidr.version)
             found = self.under.find(address) if address else None
             if address is None or found is None:
-                self.problems.append(f"Node {node.name}: no way to {cidr} through an InternalIP")
+                lost.append(_nowhere(node, address or f"an InternalIP of family {cidr.version}"))
+                self.table[cidr] = self.under.unresolved(self.me.uplinks[0], self.me.path_mtu)
                 continue
             link, hop = found
             self.table[cidr] = self.under.adjacency(link, hop, self.me.path_mtu)
-            self.host.append(HostRoute(cidr, address, link.name, 0))
+            self.host[cidr] = HostRoute(cidr, hop, link.name, 0)
         for address in node.internal_ips:
-            found = self.under.find(address)
-            if found:
+            if found := self.under.find(address):
                 self.table[_host(address)] = self.under.adjacency(*found, self.me.path_mtu)
+        if lost:
+            raise ManifestError(lost[0])
+
+
+def _nowhere(node: Node, remote: object) -> str:
+    return f"Node {node.name}: no uplink leads to {remote}: add a route, or its InternalIP"
 
 
 def _host(address: Address) -> Cidr:
@@ -274,8 +261,9 @@ def desired(
     current: Mapping[int, Port],
 ) -> Desired:
     """Compute what should stand; current: the ports of the table now. Raises NotReady."""
-    me = here(config, objects, actual)
-    ports = _ports(me, endpoints, actual, current)
+    me = here(config, objects, actual, current)
+    problems = list(me.problems)
+    ports = _placed(_ports(me, endpoints, actual, problems), current)
     indices = {port.ifindex: index for index, port in ports.items()}
     under = Underlay(actual, {link.index: link for link in me.uplinks}, indices)
     host_port = next((i for i, port in ports.items() if port.kind == PORT_HOST), 0)
@@ -283,24 +271,24 @@ def desired(
     routes = _Routes(config, me, under, host_port, host.mac if host else bytes(6))
     routes.table.update(under.routes())
     routes.own(actual)
-    for node in objects.nodes.values():
+    for _, node in sorted(objects.nodes.items()):
         if node.name == me.node.name:
             continue
         try:
             routes.remote(node)
-        except ManifestError as error:
-            routes.problems.append(str(error))
+        except (ManifestError, TableError) as error:
+            problems.append(str(error))
     routes.pods(ports)
     return Desired(
         queues=me.workers,
         gateway_mac=me.mac,
         host_addresses=frozenset((at, at.max_prefixlen) for at in me.routers.values()),
-        host_routes=tuple(routes.host),
+        host_routes=tuple(routes.host.values()),
         host_neighbours={NEXT_HOPS[family]: me.mac for family in me.routers},
         provoke=frozenset(under.provoke),
         tables=_tables(config, me, ports, routes.table, host_port, actual),
         view=_view(me, objects, config),
-        problems=tuple(routes.problems),
+        problems=tuple(problems),
     )
 
 
@@ -346,7 +334,7 @@ def _tables(
         routes=routes,
         tunnel_port=config.network.tunnel_port if tunnelled else 0,
         locals=tuple(locals_) if tunnelled else (),
-        prefixes=() if tunnelled else me.node.pod_cidrs,
+        prefixes=() if tunnelled else me.pod_cidrs,
     )
 
 
@@ -357,7 +345,7 @@ def _view(me: Here, objects: Objects, config: Config) -> dict[str, object]:
         "tunnel": config.network.tunnel if config.network.mode == "overlay" else None,
         "underlay": str(me.underlay),
         "uplinks": [link.name for link in me.uplinks],
-        "pod_cidrs": [str(cidr) for cidr in me.node.pod_cidrs],
+        "pod_cidrs": [str(cidr) for cidr in me.pod_cidrs],
         "routers": {str(family): str(address) for family, address in me.routers.items()},
         "gateway_mac": me.mac.hex(":"),
         "path_mtu": me.path_mtu,

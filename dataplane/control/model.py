@@ -24,8 +24,11 @@ HOST_MTU = CONST["MTU_MAX"]
 NEXT_HOPS: dict[int, Address] = {4: ip_address("169.254.1.1"), 6: ip_address("fe80::1")}
 """Next hop of the node's routes to pods: nobody has it, a permanent neighbour stands for it."""
 
+PROTOCOL = 80  # our routes, in rtm_protocol: nobody else's number (iproute2's rt_protos)
+
+NUD_STALE = 0x04
 NUD_PERMANENT = 0x80
-NUD_USABLE = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | NUD_PERMANENT  # up to STALE and PROBE, NOARP
+NUD_USABLE = 0x02 | NUD_STALE | 0x08 | 0x10 | 0x40 | NUD_PERMANENT  # REACHABLE..PROBE, NOARP
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Route:
     metric: int = 0
     mtu: int = 0
     protocol: int = 0
+    source: Address | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class Neighbour:
     address: Address
     mac: bytes
     state: int
+
+    @property
+    def usable(self) -> bool:
+        """Whether unicast packets may be sent to its MAC."""
+        return bool(self.state & NUD_USABLE) and any(self.mac) and not self.mac[0] & 1
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from xdp.abi import value
 
 OVERHEAD = {4: 50, 6: 70}
 TUNNELS = {"vxlan": value("TUNNEL_VXLAN"), "geneve": value("TUNNEL_GENEVE")}
-IP6_LEAST = 1280
 
 
 def vtep_mac(node: Node, underlay: Address) -> bytes:

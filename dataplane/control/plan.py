@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dataplane.control.kernel.netlink import PROTOCOL
 from dataplane.control.model import (
     HOST,
     HOST_MTU,
     HOST_PEER,
     NUD_PERMANENT,
+    PROTOCOL,
     Actual,
     Desired,
     HostRoute,
@@ -78,7 +78,8 @@ def _kernel(desired: Desired, actual: Actual) -> list[Action]:
 
 
 def _same(wanted: HostRoute, found: Route, device: int) -> bool:
-    return (found.gateway, found.device, found.mtu) == (wanted.gateway, device, wanted.mtu)
+    have = (found.gateway, found.device, found.mtu, found.source)
+    return have == (wanted.gateway, device, wanted.mtu, wanted.source)
 
 
 def _routes(desired: Desired, actual: Actual) -> list[Action]:

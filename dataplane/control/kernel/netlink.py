@@ -19,6 +19,7 @@ from dataplane.control.model import (
     HOST_MTU,
     HOST_PEER,
     NUD_PERMANENT,
+    PROTOCOL,
     Actual,
     Address,
     HostRoute,
@@ -34,7 +35,6 @@ FAMILIES = {2: 4, 10: 6}
 AF = {4: 2, 6: 10}
 NTF_USE = 0x01
 ONLINK = 0x4  # RTNH_F_ONLINK
-PROTOCOL = 80  # our routes, in rtm_protocol: numbers from 80 on are free (rtnetlink(7))
 
 
 class KernelRefused(Exception):
@@ -106,6 +106,7 @@ class Kernel:
             anything = "0.0.0.0" if family == 2 else "::"
             target = message.get_attr("RTA_DST") or anything
             metrics = message.get_attr("RTA_METRICS")
+            source = message.get_attr("RTA_PREFSRC")
             yield Route(
                 network=ip_network((target, message["dst_len"])),
                 gateway=ip_address(gateway) if gateway else None,
@@ -113,6 +114,7 @@ class Kernel:
                 metric=message.get_attr("RTA_PRIORITY") or 0,
                 mtu=(metrics.get_attr("RTAX_MTU") or 0) if metrics else 0,
                 protocol=message["proto"],
+                source=ip_address(source) if source else None,
             )
 
     def _neighbour(self, message) -> Neighbour | None:
