@@ -11,6 +11,7 @@ mode of what it replaces.
 
 import errno
 import os
+import socket
 from dataclasses import dataclass
 
 from xdp.errors import KernelError
@@ -61,7 +62,7 @@ def attach_link(program: Program, ifindex: int, native: bool = True) -> Link:
             return Link(code, ifindex, mode == FLAG_NATIVE)
         if -code not in _TRY_NEXT:
             break
-    raise KernelError(f"bpf_link_create({program.name}, ifindex {ifindex})", code)
+    raise _refusal("bpf_link_create", program, ifindex, code)
 
 
 def attach_netlink(program: Program, ifindex: int, native: bool = True) -> Attached:
@@ -74,11 +75,19 @@ def attach_netlink(program: Program, ifindex: int, native: bool = True) -> Attac
             return Attached(found.program_id if found else 0, mode == FLAG_NATIVE)
         if -code not in _TRY_NEXT:
             break
-    raise KernelError(f"attaching {program.name} to ifindex {ifindex}", code)
+    raise _refusal("bpf_xdp_attach", program, ifindex, code)
+
+
+def _refusal(call: str, program: Program, ifindex: int, code: int) -> KernelError:
+    try:
+        name = socket.if_indextoname(ifindex)
+    except OSError:  # the kernel calls a missing device an invalid argument
+        name, code = "no device", -errno.ENODEV
+    return KernelError(f"{call}({program.name}, ifindex {ifindex}: {name})", code)
 
 
 def detach_netlink(ifindex: int) -> None:
-    """Detach whatever was attached by netlink. Raises KernelError (ENODEV: no such device)."""
+    """Detach whatever was attached by netlink; nothing there, or no device, is fine."""
     found = query(ifindex)
     if found is None:
         return
@@ -89,7 +98,7 @@ def detach_netlink(ifindex: int) -> None:
 
 
 def query(ifindex: int) -> Attached | None:
-    """Return what is attached to a device, None for nothing."""
+    """Return what is attached to a device, None for nothing and for no device."""
     options = ffi.new("struct bpf_xdp_query_opts *")
     options.sz = ffi.sizeof("struct bpf_xdp_query_opts")
     code = lib.bpf_xdp_query(ifindex, 0, options)

@@ -114,6 +114,8 @@ class Map:
         if dtype.itemsize != stride:
             raise ValueError(f"map {self.name}: {dtype.itemsize} bytes a value, must be {stride}")
         size = -(-stride * self.max_entries // 4096) * 4096
+        if self.fd < 0:  # Python would give anonymous memory
+            raise KernelError(f"mmap of map {self.name}", errno.EBADF)
         try:
             memory = mmap.mmap(self.fd, size, mmap.MAP_SHARED)
         except OSError as error:

@@ -35,9 +35,9 @@ class ObjectSpec:
         return cls(path)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Program:
-    """A loaded program."""
+    """A loaded program; its fd is -1 once the object is closed, so that no other is meant by it."""
 
     name: str
     fd: int
@@ -91,6 +91,8 @@ class BpfObject:
         if self._object != ffi.NULL:
             lib.bpf_object__close(self._object)
             self._object = ffi.NULL
+            for owned in (*self.maps.values(), *self.programs.values()):
+                owned.fd = -1
 
     def __enter__(self) -> "BpfObject":
         return self
