@@ -2,8 +2,8 @@
 
 Rule: -o json prints the data as it is; the table is for people only.
 
-Theory. The configuration says where the run directory is; PENSTOCK_CONFIG or --config names it.
-rich is imported when a table is printed.
+Theory. The configuration says where the run directory is; PENSTOCK_CONFIG or --config names it,
+and --run-dir overrides it. rich is imported when a table is printed.
 """
 
 import functools
@@ -18,8 +18,17 @@ import click
 DEGRADED = 3
 
 
+class ListGroup(click.Group):
+    """A group that lists unless told otherwise: `penstock node` is `penstock node list`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or args[0] not in {*self.commands, *ctx.help_option_names}:
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
 def config_option(function: Callable) -> Callable:
-    """Add --config and pass the loaded Config as the first argument."""
+    """Add --config and --run-dir; pass the loaded Config as the first argument."""
 
     @click.option(
         "--config",
@@ -28,8 +37,14 @@ def config_option(function: Callable) -> Callable:
         envvar="PENSTOCK_CONFIG",
         help="Configuration file [default: /etc/penstock/config.yaml, or the defaults].",
     )
+    @click.option(
+        "--run-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        envvar="PENSTOCK_RUN_DIR",
+        help="Sockets and shared memory, instead of node.run_dir.",
+    )
     @functools.wraps(function)
-    def wrapper(path: Path | None, **arguments: Any) -> Any:
+    def wrapper(path: Path | None, run_dir: Path | None, **arguments: Any) -> Any:
         from dataplane.control.config import ConfigError, load
         from dataplane.daemon.notify import EX_CONFIG
 
@@ -38,6 +53,9 @@ def config_option(function: Callable) -> Callable:
         except ConfigError as error:
             click.echo(f"penstock: {error}", err=True)
             sys.exit(EX_CONFIG)
+        if run_dir is not None:
+            node = config.node.model_copy(update={"run_dir": run_dir.absolute()})
+            config = config.model_copy(update={"node": node})
         return function(config, path=path, **arguments)
 
     return wrapper

@@ -5,6 +5,7 @@ Rule: a configuration error ends with status 78, which no supervisor restarts.
 Theory. Each imports its own process's code only: the agent never loads numba.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from dataplane.cli.common import config_option
 def _setup(config: Any) -> None:
     from dataplane.daemon.log import setup
 
+    if os.geteuid():
+        raise PermissionError(
+            f"XDP, AF_XDP and network namespaces need root, this is user {os.geteuid()}: use sudo"
+        )
     setup(config.log_level)
 
 
@@ -45,6 +50,9 @@ def agent(config: Any, path: Path | None) -> None:
 def forwarder(config: Any, path: Path | None) -> None:
     """Run the forwarder alone."""
     from dataplane.daemon import forwarder as process
+    from dataplane.daemon.lock import hold
 
     _setup(config)
-    sys.exit(process.main(config))
+    with hold(config.run_dir / "forwarder.lock"):
+        status = process.main(config)
+    sys.exit(status)

@@ -13,7 +13,14 @@ from typing import Any
 
 import click
 
-from dataplane.cli.common import DEGRADED, ask, config_option, output_option, show
+from dataplane.cli.common import (
+    DEGRADED,
+    ListGroup,
+    ask,
+    config_option,
+    output_option,
+    show,
+)
 
 
 def _shm(config: Any) -> Any:
@@ -73,39 +80,78 @@ def _print(state: dict[str, Any]) -> None:
         click.echo(f"{'Error:':<14}{error}")
 
 
-@click.command()
-@config_option
-@output_option
-def endpoint(config: Any, path: Path | None, output: str) -> None:
+ENDPOINT_COLUMNS = ("number", "pod", "ipv4", "ipv6", "host_ifname", "mac", "container")
+
+
+@click.group(cls=ListGroup)
+def endpoint() -> None:
     """Pods attached to this node."""
-    columns = ("number", "pod", "ipv4", "ipv6", "host_ifname", "mac", "container")
-    show(ask(config, "endpoints"), output, columns)
 
 
-@click.command()
+@endpoint.command("list")
 @config_option
 @output_option
-def node(config: Any, path: Path | None, output: str) -> None:
+def endpoint_list(config: Any, path: Path | None, output: str) -> None:
+    """All of them."""
+    show(ask(config, "endpoints"), output, ENDPOINT_COLUMNS)
+
+
+@endpoint.command("get")
+@click.argument("name")
+@config_option
+@output_option
+def endpoint_get(config: Any, path: Path | None, name: str, output: str) -> None:
+    """Those that NAME fits: number, namespace/pod, address, device or start of a container id."""
+    keys = ("number", "pod", "ipv4", "ipv6", "host_ifname")
+    rows = [
+        row
+        for row in ask(config, "endpoints")
+        if name in [str(row[key]) for key in keys] or (name and row["container"].startswith(name))
+    ]
+    if not rows:
+        click.echo(f"no endpoint {name}: `penstock endpoint list` shows all", err=True)
+        sys.exit(1)
+    show(rows, output, ENDPOINT_COLUMNS)
+
+
+@click.group(cls=ListGroup)
+def node() -> None:
     """Nodes of the cluster."""
+
+
+@node.command("list")
+@config_option
+@output_option
+def node_list(config: Any, path: Path | None, output: str) -> None:
+    """All of them."""
     show(ask(config, "nodes"), output, ("name", "internal_ips", "pod_cidrs"))
 
 
 @click.command()
 @config_option
-def plan(config: Any, path: Path | None) -> None:
+@output_option
+def plan(config: Any, path: Path | None, output: str) -> None:
     """What the agent would change now, without changing it."""
     actions = ask(config, "plan")
+    if output == "json":
+        show(actions, output)
+        return
     for action in actions:
         click.echo(action)
     if not actions:
         click.echo("nothing to do", err=True)
 
 
-@click.command()
+@click.group(cls=ListGroup)
+def port() -> None:
+    """Devices of the dataplane and their counters."""
+
+
+@port.command("list")
 @config_option
 @output_option
-def port(config: Any, path: Path | None, output: str) -> None:
-    """Devices of the dataplane and their counters."""
+def port_list(config: Any, path: Path | None, output: str) -> None:
+    """All of them."""
     from dataplane.tables import view
 
     columns = ("index", "name", "kind", "ipv4", "ipv6", "mtu", "rx_packets", "tx_packets")
@@ -182,12 +228,9 @@ def _routes(config: Any) -> list[dict[str, Any]]:
 ROUTE_COLUMNS = ("network", "kind", "port", "mtu", "tunnel", "adjacency")
 
 
-@click.group(invoke_without_command=True)
-@click.pass_context
-def route(context: click.Context) -> None:
+@click.group(cls=ListGroup)
+def route() -> None:
     """Routes of the dataplane."""
-    if context.invoked_subcommand is None:
-        context.invoke(route_list)
 
 
 @route.command("list")
@@ -207,7 +250,10 @@ def route_get(config: Any, path: Path | None, address: str, output: str) -> None
     """The route that a packet to ADDRESS takes."""
     from ipaddress import ip_network
 
-    target = ip_address(address)
+    try:
+        target = ip_address(address)
+    except ValueError as error:
+        raise click.BadParameter(f"{address!r} is no IPv4 or IPv6 address") from error
     rows = [row for row in _routes(config) if target in ip_network(row["network"])]
     if not rows:
         click.echo(f"no route to {address}", err=True)

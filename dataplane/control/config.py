@@ -75,7 +75,8 @@ class Network(_Section):
         description="all pod addresses of the cluster, one network a family",
     )
     pools: list[Pool] = Field(
-        default_factory=list, description="carve node CIDRs here when Nodes have no podCIDRs"
+        default_factory=list,
+        description="what `penstock ipam carve NODE` cuts podCIDRs of Nodes from",
     )
     mtu: int = Field(
         0, ge=0, le=65000, description="path MTU between nodes; 0: uplink less overhead"

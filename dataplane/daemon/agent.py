@@ -23,6 +23,7 @@ from dataplane.cni import conflist
 from dataplane.cni.backend import Backend
 from dataplane.cni.deletes import Deletes
 from dataplane.cni.endpoints import Endpoint, Endpoints
+from dataplane.cni.errors import CniError, Code
 from dataplane.cni.model import NodeAddressing
 from dataplane.cni.server import CniServer
 from dataplane.control.config import Config
@@ -95,7 +96,8 @@ class Agent:
         self.endpoints.on_change(lambda: self.reconciler.trigger("endpoints"))
         self.stop = asyncio.Event()
         self._pools: dict[int, Any] = {}
-        self._forwarder_pid = 0
+        self._serving = False
+        self._port_errors: dict[str, str] = {}
 
     # --- what the parts ask of each other ---------------------------------------------------------
 
@@ -123,12 +125,15 @@ class Agent:
             answer = await acall(path, "sync", FORWARDER_S)
         except (Unreachable, RemoteError) as error:
             raise OSError(f"the forwarder does not follow: {error}") from error
-        failed = [port["error"] for port in answer["ports"] if port["error"]]
-        if failed:
-            log.warning("ports with errors", errors=failed)
+        self._port_errors = {p["name"]: p["error"] for p in answer["ports"] if p["error"]}
+        if self._port_errors:
+            log.warning("ports with errors", errors=list(self._port_errors.values()))
 
     async def _ready(self, endpoint: Endpoint) -> None:
+        """Wait until packets of the endpoint are taken. Raises TimeoutError or CniError."""
         await self.reconciler.settled(endpoint.number, READY_S)
+        if error := self._port_errors.get(endpoint.host_ifname):
+            raise CniError(Code.TRY_LATER, f"the forwarder cannot open its port: {error}")
 
     # --- the tasks --------------------------------------------------------------------------------
 
@@ -161,7 +166,6 @@ class Agent:
 
     async def _follow_node(self) -> None:
         """Once the node stands: pools, CNI server, conflist; then keep the pools in line."""
-        serving = False
         turn = 0
         while True:
             turn = await self.reconciler.turned(turn)
@@ -171,9 +175,9 @@ class Agent:
                 continue
             self._set_pools(node.pod_cidrs, [address for address, _ in wanted.host_addresses])
             self.backend.queue_count = wanted.queues
-            if not serving:
+            if not self._serving:
                 await self.cni.start()
-                serving = True
+                self._serving = True
             cni = self.config.node.cni
             deletes = self.config.run_dir / "deletes"
             if conflist.write(cni.conf_dir, self.cni_socket, deletes, cni.name):
@@ -189,7 +193,7 @@ class Agent:
                 log.error("pools refused", error=str(error))
 
     async def _sweep(self) -> None:
-        """Return the leases of pods that are truly gone; notice a new forwarder."""
+        """Return the leases of pods that are truly gone."""
         while True:
             await asyncio.sleep(SWEEP_S if self._pools else 1)
             if self._pools:
@@ -229,7 +233,7 @@ class Agent:
         errors = [state["error"], error, *state["problems"], *failed]
         errors += [f"{where}: {text}" for where, text in self.source.errors.items()]
         return {
-            "ready": bool(state["ready"]) and forwarder is not None and bool(self._pools),
+            "ready": bool(state["ready"]) and forwarder is not None and self._serving,
             "agent": {"pid": os.getpid(), "started": self.started},
             "forwarder": forwarder,
             "node": {k: v for k, v in state.items() if k not in ("ready", "error", "problems")},

@@ -6,7 +6,8 @@ the next run.
 Theory. A child that dies is restarted after a pause that grows from 0.1 s to 10 s; one that ran
 for a while starts afresh. Exit status 78 (EX_CONFIG) is not restarted: the message stands, the
 supervisor ends with it. The forwarder's heartbeat is in shared memory: a forwarder that is silent
-for too long hangs and is killed (the uplink has passed to the kernel meanwhile: steering.py).
+for too long hangs and is killed (the uplink has passed to the kernel meanwhile: steering.py). Only
+beats of the process that runs now count: one that still compiles its kernels has not hung.
 Children get SIGKILL when the supervisor dies (PR_SET_PDEATHSIG), so no forwarder runs without its
 supervisor.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 import structlog
 
 from dataplane.control.config import Config
+from dataplane.control.jsonl import RemoteError, Unreachable, acall
 from dataplane.daemon.lock import hold
 from dataplane.daemon.notify import EX_CONFIG, notify
 from dataplane.tables.shm import Shm
@@ -31,7 +33,7 @@ PAUSES_S = (0.1, 0.2, 0.5, 1, 2, 5, 10)
 STEADY_S = 10.0  # a child that lived so long has not failed at its start
 STOP_S = 8.0
 LOOK_S = 1.0
-HANG_S = 6.0  # silence of a worker, which says something each second
+HANG_S = 6.0  # least silence that means hanging: a worker says something each second
 
 log = structlog.get_logger(subsys="run")
 PR_SET_PDEATHSIG = 1
@@ -62,6 +64,8 @@ class Child:
             self.process = await asyncio.create_subprocess_exec(
                 *self._command, preexec_fn=_die_with_parent
             )
+            if stop.is_set():  # it came between the question and the start
+                await self.end()
             self.status = await self.process.wait()
             if stop.is_set():
                 return
@@ -89,35 +93,48 @@ class Child:
             await self.process.wait()
 
 
-def silent_for(shm: Shm) -> float:
-    """Return the seconds since the most silent worker's heartbeat; 0: no worker yet."""
+def silent_for(shm: Shm, since: float) -> float:
+    """Return the seconds since the most silent worker's heartbeat; 0: no worker has beaten yet.
+
+    since: start of the process, CLOCK_MONOTONIC seconds; older beats are another's.
+    """
     workers = int(shm.node[0]["workers"])
-    beats = [int(beat) for beat in shm.worker_stats["heartbeat_ns"][:workers] if beat]
-    if not beats:
-        return 0.0
-    return (time.clock_gettime_ns(time.CLOCK_MONOTONIC) - min(beats)) / 1e9
+    beats = [int(beat) / 1e9 for beat in shm.worker_stats["heartbeat_ns"][:workers]]
+    mine = [beat for beat in beats if beat > since]
+    return time.monotonic() - min(mine) if mine else 0.0
 
 
 async def _watch(config: Config, forwarder: Child, stop: asyncio.Event) -> None:
+    hang_s = max(HANG_S, 2 * config.forwarder.watchdog_ms / 1000)
     shm: Shm | None = None
     ready = False
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), LOOK_S)
         notify("WATCHDOG=1")
-        if not ready and (config.run_dir / "forwarder.sock").exists():
-            ready = notify("READY=1", "STATUS=forwarding") or True
+        ready = ready or await _announce(config)
         if shm is None:
             with contextlib.suppress(OSError):
                 shm = Shm.open(config.run_dir)
             continue
         process = forwarder.process
-        running = process is not None and process.returncode is None
-        old = time.monotonic() - forwarder.started > HANG_S
-        silence = silent_for(shm)
-        if running and old and silence > HANG_S and process is not None:
+        if process is None or process.returncode is not None:
+            continue
+        silence = silent_for(shm, forwarder.started)
+        if silence > hang_s:
             log.error("the forwarder hangs: killing it", silent_s=round(silence, 1))
             process.kill()
+
+
+async def _announce(config: Config) -> bool:
+    """Say READY once the agent answers; what it still waits for is its status' business."""
+    try:
+        state = await acall(config.run_dir / "api.sock", "status", LOOK_S)
+    except (Unreachable, RemoteError):
+        return False
+    waits = "" if state["ready"] else f": {'; '.join(state['errors'])}"
+    notify("READY=1", f"STATUS={'ready for pods' if state['ready'] else 'waiting'}{waits}")
+    return True
 
 
 async def _run(config: Config, path: Path | None) -> int:
@@ -139,5 +156,6 @@ async def _run(config: Config, path: Path | None) -> int:
 def main(config: Config, path: Path | None) -> int:
     """Run until SIGTERM; return the exit status. path: the configuration's file."""
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    os.environ["PENSTOCK_RUN_DIR"] = str(config.run_dir)  # --run-dir reaches the children
     with hold(config.run_dir / "run.lock"):
         return asyncio.run(_run(config, path))

@@ -7,6 +7,7 @@ pod's end with it; the uplinks' programs went with the forwarder (bpf_link). Sta
 endpoints) stays unless asked for, so that pods keep their addresses over a reinstallation.
 """
 
+import contextlib
 import shutil
 
 from dataplane.cni import conflist, wire
@@ -19,7 +20,10 @@ from dataplane.daemon.lock import hold
 def cleanup(config: Config, state: bool = False) -> list[str]:
     """Remove everything; return what was removed. Raises AlreadyRunning."""
     removed = []
-    with hold(config.run_dir / "run.lock"), hold(config.run_dir / "agent.lock"):
+    stood = config.run_dir.exists()
+    with contextlib.ExitStack() as alone:
+        for name in ("run", "agent", "forwarder"):
+            alone.enter_context(hold(config.run_dir / f"{name}.lock"))
         if conflist.remove(config.node.cni.conf_dir):
             removed.append(f"{config.node.cni.conf_dir / conflist.FILE}")
         for name in sorted(wire.host_ends()):
@@ -38,8 +42,8 @@ def cleanup(config: Config, state: bool = False) -> list[str]:
                     removed.append(f"device {name}")
         finally:
             kernel.close()
-    if config.run_dir.exists():
         shutil.rmtree(config.run_dir)
+    if stood:
         removed.append(str(config.run_dir))
     if state and config.state_dir.exists():
         shutil.rmtree(config.state_dir)
