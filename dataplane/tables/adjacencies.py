@@ -14,16 +14,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dataplane.tables.errors import TableFull
 from dataplane.tables.model import Adjacency
 from dataplane.tables.rewrite import template
 from xdp.abi import CONST
 
 REST_S = 2.0
 MASK64 = (1 << 64) - 1
-
-
-class TableFull(Exception):
-    """A table has no room; the message names the table, the limit and what to do."""
 
 
 class Adjacencies:
@@ -37,15 +34,12 @@ class Adjacencies:
         self._by_content: dict[bytes, int] = {}
         self._contents: dict[int, bytes] = {}
         self._resting: list[tuple[float, int]] = []
-        self._free: list[int] = []
-        for index in range(1, len(rows)):
+        kinds = rows["kind"]
+        for index in np.flatnonzero(kinds).tolist():
             content = rows[index].tobytes() + rewrites[index].tobytes()
-            if rows[index]["kind"] and content not in self._by_content:
-                self._by_content[content] = index
-                self._contents[index] = content
-            elif rows[index]["kind"] == 0:
-                self._free.append(index)
-        self._free.reverse()
+            self._by_content.setdefault(content, index)
+            self._contents[index] = content
+        self._free = [index for index in range(len(rows) - 1, 0, -1) if not kinds[index]]
 
     def __len__(self) -> int:
         return len(self._contents)
@@ -69,7 +63,8 @@ class Adjacencies:
         now = self._clock()
         for index in [index for index in self._contents if index not in used]:
             content = self._contents.pop(index)
-            del self._by_content[content]
+            if self._by_content.get(content) == index:
+                del self._by_content[content]
             self._resting.append((now, index))
 
     def _take(self) -> int:

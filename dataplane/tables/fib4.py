@@ -11,16 +11,18 @@ that longer ones hide completely cannot be read back; it is added again with the
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from dataplane.tables.adjacencies import REST_S, TableFull
+from dataplane.tables.adjacencies import REST_S
+from dataplane.tables.errors import TableFull
 
 EXT = 1 << 31
 DEPTH_SHIFT = 24
 DEPTH_MASK = 0x3F
 INDEX_MASK = 0xFFFFFF
+CHUNK = 1 << 20  # words read back at a time
 
 
 def _mask(length: int) -> int:
@@ -31,27 +33,38 @@ class Fib4:
     """Routes of IPv4, in `wide` uint32[2**24] and `deep` uint32[groups * 256]."""
 
     def __init__(
-        self, wide: np.ndarray, deep: np.ndarray, clock: Callable[[], float] = time.monotonic
+        self,
+        wide: np.ndarray,
+        deep: np.ndarray,
+        clock: Callable[[], float] = time.monotonic,
+        extents: Iterable[tuple[int, int]] | None = None,
     ) -> None:
-        """Read back what the words hold."""
+        """Read back what the words hold. extents: parts of `wide` that are not holes."""
         self._wide, self._deep, self._clock = wide, deep, clock
         self.routes: dict[tuple[int, int], int] = {}
         self._groups: dict[int, int] = {}
         self._resting: list[tuple[float, int]] = []
-        self._read_back()
+        for first, end in ((0, len(wide)),) if extents is None else extents:
+            for at in range(first, end, CHUNK):
+                self._read_back(at, min(at + CHUNK, end))
         used = set(self._groups.values())
         self._next = max(used, default=-1) + 1
         self._free = [group for group in range(self._next) if group not in used]
 
-    def _read_back(self) -> None:
-        words = self._wide
-        for at in np.flatnonzero(words & np.uint32(EXT)):
+    def _read_back(self, first: int, end: int) -> None:
+        words = self._wide[first:end]
+        for at in np.flatnonzero(words & np.uint32(EXT)).tolist():
             group = int(words[at]) & INDEX_MASK
-            self._groups[int(at)] = group
-            base = int(at) << 8
+            self._groups[first + at] = group
+            base = (first + at) << 8
             self._collect(base + np.arange(256), self._deep[group * 256 : group * 256 + 256])
         plain = np.flatnonzero((words != 0) & (words < EXT))
-        self._collect(plain.astype(np.int64) << 8, words[plain])
+        self._collect((first + plain.astype(np.int64)) << 8, words[plain])
+
+    def repair(self) -> None:
+        """Write every route again: a writer that was killed may have left one half done."""
+        for (address, length), index in sorted(self.routes.items(), key=lambda item: item[0][1]):
+            self.set(address, length, index)
 
     def _collect(self, addresses: np.ndarray, words: np.ndarray) -> None:
         depths = (words >> DEPTH_SHIFT) & DEPTH_MASK
@@ -76,10 +89,13 @@ class Fib4:
     def _set_wide(self, address: int, length: int, word: int) -> None:
         first = address >> 8
         last = first + (1 << (24 - length))
+        most = (length + 2) << DEPTH_SHIFT  # words below are of no longer prefix, nor EXT
+        if length == 24 and self._wide.item(first) < most:
+            self._wide[first] = word
+            return
         part = self._wide[first:last]
-        if length == 24 and not int(part[0]) & EXT:
-            if (int(part[0]) >> DEPTH_SHIFT) <= length + 1:
-                part[0] = word
+        if int(part.max()) < most:
+            part.fill(word)
             return
         plain = part < EXT
         shorter = ((part >> DEPTH_SHIFT) & DEPTH_MASK) <= length + 1

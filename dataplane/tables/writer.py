@@ -2,19 +2,23 @@
 
 Rule: whatever is written is a difference to what stands; writing the same again writes nothing.
 
-Theory. The control plane says what should stand (`set_node`, `replace_ports`, `replace_routes`);
-the writer knows what does, also after a restart, because rows and routes are read back from
-shared memory. `publish` increments the generations that the forwarder watches.
+Theory. The control plane says what should stand (`set_node`, `set_port`, `replace_routes`); the
+writer knows what does, also after a restart, because rows and routes are read back from shared
+memory. `publish` increments the generations that the forwarder watches. While routes change, a file
+`changing` stands beside them: a writer that finds it at its start repairs what its predecessor,
+killed halfway, left. Over read-only memory a writer only reads.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
 import numpy as np
 
-from dataplane.tables.adjacencies import MASK64, Adjacencies, TableFull
+from dataplane.tables.adjacencies import MASK64, Adjacencies
+from dataplane.tables.errors import TableError, TableFull
 from dataplane.tables.fib4 import Fib4
 from dataplane.tables.fib6 import Fib6
 from dataplane.tables.model import Adjacency, Port
@@ -33,19 +37,32 @@ class TableWriter:
         """Read back what stands."""
         self.shm = shm
         self._adjacencies = Adjacencies(shm.adjacencies, shm.rewrites, clock)
-        self._fib4 = Fib4(shm.fib4_wide, shm.fib4_deep, clock)
-        self._fib6 = Fib6(shm.fib6, shm.fib6_lengths)
-        self._changed = self._ports_changed = False
+        self._fib4 = Fib4(shm.fib4_wide, shm.fib4_deep, clock, shm.extents("fib4_wide"))
+        self._fib6 = Fib6(shm.fib6, shm.fib6_lengths, clock, shm.extents("fib6"))
+        self._marker = shm.folder / "changing"
+        if shm.writable and self._marker.exists():
+            self._fib4.repair()
+            self._marker.unlink()
+        # A predecessor may have died between its last change and publish().
+        self._changed = self._ports_changed = True
 
     # --- the node row and the ports -------------------------------------------------------------
 
     def set_node(self, **fields: Any) -> bool:
-        """Set members of struct node; bytes for MACs. Return whether something changed."""
+        """Set members of struct node; bytes for MACs. Return whether something changed.
+
+        Raises TableError, with nothing changed, for a member that is none or does not fit.
+        """
         row = self.shm.node[0]
-        before = row.tobytes()
+        fresh = row.copy()
         for name, given in fields.items():
-            row[name] = np.frombuffer(given, np.uint8) if isinstance(given, bytes) else given
-        changed = row.tobytes() != before
+            try:
+                fresh[name] = np.frombuffer(given, np.uint8) if isinstance(given, bytes) else given
+            except (ValueError, OverflowError, TypeError) as error:
+                raise TableError(f"node.{name} cannot be {given!r}: {error}") from None
+        changed = fresh.tobytes() != row.tobytes()
+        for name in fields:
+            row[name] = fresh[name]
         self._changed |= changed
         return changed
 
@@ -99,40 +116,96 @@ class TableWriter:
     def set_route(self, network: Network, adjacency: Adjacency) -> bool:
         """Add or replace one route. Raises TableFull. Return whether something changed."""
         index = self._adjacencies.intern(adjacency, network.version)
-        fib = self._fib4 if network.version == 4 else self._fib6
-        key = (int(network.network_address), network.prefixlen)
+        fib, key = self._place(network)
         if fib.routes.get(key) == index:
             return False
-        fib.set(*key, index)
-        self._changed = True
+        with self._changing():
+            fib.set(*key, index)
         return True
 
     def delete_route(self, network: Network) -> bool:
         """Delete one route; return whether there was one."""
+        fib, key = self._place(network)
+        if key not in fib.routes:
+            return False
+        with self._changing():
+            return fib.delete(*key)
+
+    def _place(self, network: Network) -> tuple[Fib4 | Fib6, tuple[int, int]]:
         fib = self._fib4 if network.version == 4 else self._fib6
-        gone = fib.delete(int(network.network_address), network.prefixlen)
-        self._changed |= gone
-        return gone
+        return fib, (int(network.network_address), network.prefixlen)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        self._marker.touch()
+        self._changed = True
+        try:
+            yield
+        except TableFull:
+            self._marker.unlink()
+            raise
+        self._marker.unlink()
 
     def replace_routes(self, wanted: Mapping[Network, Adjacency]) -> list[str]:
         """Make the routes these and no others; return what changed, printable.
 
-        Short prefixes first, so that a bulk load writes each word a few times at most. Raises
-        TableFull when one does not fit: those before it stand, none of the old ones was deleted.
+        New routes and changes come first, short prefixes before long ones, then deletions. Raises
+        TableFull when one does not fit; then the routes are those from before.
         """
-        changes = []
-        for network in sorted(wanted, key=lambda net: (net.version, net.prefixlen)):
-            if self.set_route(network, wanted[network]):
-                changes.append(f"route {network}")
-        for fib, make in ((self._fib4, IPv4Network), (self._fib6, IPv6Network)):
-            for key in list(fib.routes):
-                network = make(key)
-                if network not in wanted:
-                    self.delete_route(network)
-                    changes.append(f"no route {network}")
-        used = set(self._fib4.routes.values()) | set(self._fib6.routes.values())
-        self._adjacencies.keep(used)
+        try:
+            return self._replace(*self._difference(wanted))
+        finally:
+            used = set(self._fib4.routes.values()) | set(self._fib6.routes.values())
+            self._adjacencies.keep(used)
+
+    def _replace(self, fresh: list[tuple[Network, int]], kept: tuple[set, set]) -> list[str]:
+        fibs: tuple[Fib4 | Fib6, ...] = (self._fib4, self._fib6)
+        gone = [[key for key in fib.routes if key not in kept[n]] for n, fib in enumerate(fibs)]
+        changes = [f"route {network}" for network, _ in fresh]
+        if fresh or any(gone):
+            with self._changing():
+                self._set_all(fresh)
+                for fib, make, keys in zip(fibs, (IPv4Network, IPv6Network), gone, strict=True):
+                    for key in keys:
+                        fib.delete(*key)
+                        changes.append(f"no route {make(key)}")
         return changes
+
+    def _difference(
+        self, wanted: Mapping[Network, Adjacency]
+    ) -> tuple[list[tuple[Network, int]], tuple[set, set]]:
+        """Return the routes that are new or change, with their rows; and the keys of all."""
+        rows: dict[tuple[int, int], int] = {}  # (identity, family): interning 1 M times is slow
+        kept: tuple[set, set] = (set(), set())
+        fresh = []
+        for network, adjacency in wanted.items():
+            version = network.version
+            index = rows.get((id(adjacency), version))
+            if index is None:
+                index = rows[id(adjacency), version] = self._adjacencies.intern(adjacency, version)
+            fib, key = self._place(network)
+            kept[version == 6].add(key)
+            if fib.routes.get(key) != index:
+                fresh.append((network, index))
+        fresh.sort(key=lambda item: (item[0].version, item[0].prefixlen))
+        return fresh, kept
+
+    def _set_all(self, fresh: list[tuple[Network, int]]) -> None:
+        """Set routes, all or none. Raises TableFull."""
+        before: list[tuple[Fib4 | Fib6, tuple[int, int], int | None]] = []
+        try:
+            for network, index in fresh:
+                fib, key = self._place(network)
+                known = fib.routes.get(key)
+                fib.set(*key, index)
+                before.append((fib, key, known))
+        except TableFull:
+            for fib, key, known in reversed(before):
+                if known is None:
+                    fib.delete(*key)
+                else:
+                    fib.set(*key, known)
+            raise
 
     def publish(self) -> bool:
         """Tell readers that something changed, if it did; return whether it did."""
