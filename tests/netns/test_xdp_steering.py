@@ -140,6 +140,12 @@ def test_everything_else_passes_to_the_kernel(world, packet):
     assert world.run(packet) == PASS
 
 
+def test_options_are_not_read_as_ports(world):
+    raw = bytearray(bytes(Ether(dst=MAC) / IP(dst=OURS4, options=[IPOption_NOP()] * 8) / UDP()))
+    raw[36:38] = PORT.to_bytes(2, "big")  # where the destination port stands without options
+    assert world.run(raw) == PASS
+
+
 def test_dont_fragment_is_no_fragment(world):
     assert world.run(Ether(dst=MAC) / IP(dst=OURS4, flags="DF") / UDP(dport=PORT)) == REDIRECT
 
