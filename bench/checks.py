@@ -59,6 +59,18 @@ def ping(
     return parse_ping(text)
 
 
+def eventually_pings(source: Namespace, address: str, seconds: float = 30.0) -> None:
+    """Ping until the first answer; LabError when none comes in time."""
+
+    def answered() -> bool:
+        try:
+            return bool(ping(source, address, count=1, wait=1))
+        except LabError:
+            return False
+
+    eventually(answered, f"an answer from {address} to {source.name}", seconds)
+
+
 def parse_ping(text: str) -> Ping:
     """Read ping's summary; LabError when a packet is missing."""
     counts = re.search(r"(\d+) packets transmitted, (\d+) received", text)
