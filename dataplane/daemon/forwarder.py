@@ -30,6 +30,7 @@ from xdp.object import BpfObject, ObjectSpec
 from xdp.umem import Umem
 
 TURN_S = 1.0  # heartbeat and device check
+COMPILE_S = 300.0
 STALL_S = 5.0  # a worker silent for longer is reported as hanging, and the heart stops
 
 log = get_logger("forwarder")
@@ -56,6 +57,8 @@ class Forwarder:
         ]
         for worker in self.workers:
             worker.start()
+        for worker in self.workers:  # the first answer of a cold start comes after compiling
+            worker.call(lambda: None, COMPILE_S)
         self.ports = Ports(shm.ports, self.umem, self.bpf, self.workers)
         self.generation = -1
         self.started = time.time()
