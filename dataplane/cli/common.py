@@ -88,6 +88,8 @@ def show(rows: Any, output: str, columns: Sequence[str] = (), title: str = "") -
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)
     if isinstance(value, bool):

@@ -20,6 +20,8 @@ import click
 from dataplane.cli.common import DEGRADED, config_option, output_option, show
 
 HUGE_SIZE = 2 << 20
+HUGE_FREE = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+NEEDED = ("XDP programs", "XDP links", "mmapped maps", "XSKMAP", "AF_XDP")  # nothing works without
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def _features() -> Iterator[Finding]:
     for feature in probe_all():
         if feature.name == "huge pages":
             continue  # `_memory` says how many would be needed
-        state = {"yes": "ok", "no": "slow", "unknown": "unknown"}[feature.state]
+        lacking = "missing" if feature.name in NEEDED else "slow"
+        state = {"yes": "ok", "no": lacking, "unknown": "unknown"}[feature.state]
         detail = f"{feature.detail} (since Linux {feature.since})".strip()
         yield Finding(feature.name, state, detail, "" if state == "ok" else feature.fix)
 
@@ -61,7 +64,7 @@ def _memory(config: Any) -> Iterator[Finding]:
         yield Finding("memory lock limit", "ok", text)
     frames = config.forwarder.frames
     needed = -(-frames * 4160 // HUGE_SIZE)
-    free = int(Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text())
+    free = int(HUGE_FREE.read_text()) if HUGE_FREE.exists() else 0
     fix = f"sysctl vm.nr_hugepages={needed}: fewer TLB misses, and zero-copy devices need them"
     state = "ok" if free >= needed else "slow"
     detail = f"{free} of 2 MiB free, {needed} would hold {frames} frames"
@@ -94,7 +97,8 @@ def _folders(config: Any) -> Iterator[Finding]:
 def _uplinks(config: Any) -> Iterator[Finding]:
     from xdp.device import channels, driver
 
-    for name in config.network.uplinks:
+    cards = (path.parent.name for path in Path("/sys/class/net").glob("*/device"))
+    for name in config.network.uplinks or sorted(cards):
         if not Path("/sys/class/net", name).exists():
             yield Finding(f"uplink {name}", "missing", "no such device", "network.uplinks")
             continue

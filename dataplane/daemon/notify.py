@@ -19,5 +19,8 @@ def notify(*lines: str) -> bool:
     if address.startswith("@"):
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.sendto("\n".join(lines).encode(), address)
+        try:
+            channel.sendto("\n".join(lines).encode(), address)
+        except OSError:  # a listener that went away must not end the daemon
+            return False
     return True
