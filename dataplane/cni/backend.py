@@ -220,10 +220,10 @@ class Backend:
         try:
             async with asyncio.timeout(READY_S):
                 await self.ready(endpoint)
-        except TimeoutError:
+        except TimeoutError as error:
             message = (
-                f"the forwarder did not take {endpoint.host_ifname} within {READY_S:.0f} s; "
-                "`penstock status` shows whether it runs"
+                f"the forwarder did not take {endpoint.host_ifname} in time "
+                f"({error or f'{READY_S:g} s'}); `penstock status` shows whether it runs"
             )
             raise CniError(Code.TRY_LATER, message) from None
 
