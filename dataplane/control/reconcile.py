@@ -3,19 +3,19 @@
 Rule: every turn computes the whole desired state and applies the difference; nothing is
 remembered that the kernel or the tables do not hold.
 
-Theory. A turn is triggered by objects, endpoints, or the kernel's own messages (a raw netlink
-socket that is only a doorbell; messages lost to a full buffer ring it too), gathered for
-DEBOUNCE_S. A turn repeats until the plan has no kernel actions, since a new device is only seen
-in the next snapshot. An error is kept for `status` and retried with backoff. All of netlink runs
-on one thread.
+Theory. A turn is triggered by objects, endpoints, or the kernel's own messages (kernel/events.py,
+only a doorbell), gathered for DEBOUNCE_S. A turn repeats until the plan has no kernel actions,
+since a new device is only seen in the next snapshot. What the kernel refuses is kept for `status`
+and retried with backoff, and does not keep the rest from being done. Between turns only neighbours
+that do not answer are asked again. All of netlink runs on one thread.
 """
 
 import asyncio
 import contextlib
 import json
 import os
-import socket
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +24,11 @@ from typing import Any
 import structlog
 
 from dataplane.control.config import Config
-from dataplane.control.desired import NotReady, desired
+from dataplane.control.desired import desired
+from dataplane.control.here import NotReady
+from dataplane.control.kernel.events import Doorbell, Key
 from dataplane.control.kernel.netlink import Kernel, KernelRefused
-from dataplane.control.model import Actual, Desired, EndpointView, Tables
+from dataplane.control.model import HOST, Actual, Desired, EndpointView, Tables
 from dataplane.control.objects import ManifestError, Objects
 from dataplane.control.plan import Action, plan
 from dataplane.tables.errors import TableError
@@ -35,8 +37,9 @@ from dataplane.tables.writer import TableWriter
 DEBOUNCE_S = 0.02
 RETRY_S = (0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.5, 0.5, 0.5, 1, 2, 5)  # a forwarder starts in 2 s
 QUIET_S = 20.0  # a turn at least so often: stale neighbours are asked again
+NUDGE_S = 5.0  # neighbours that do not answer are asked again so often
 TURNS_MOST = 4
-GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP: link, neigh, ip4/6 address and route
+HISTORY = 32  # actions that `status` remembers
 
 log = structlog.get_logger(subsys="reconcile")
 
@@ -62,6 +65,9 @@ class Reconciler:
         self._stands: Tables | None = None
         self._synced = -1
         self._failures = 0
+        self._doorbell: Doorbell | None = None
+        self._silent: frozenset[Key] = frozenset()  # neighbours that do not answer
+        self._history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self._state: dict[str, Any] = {"ready": False, "error": "starting", "problems": []}
         self.desired: Desired | None = None
         self.turns = 0
@@ -75,9 +81,9 @@ class Reconciler:
         self._wake.set()
 
     def status(self) -> dict[str, Any]:
-        """Return what `penstock status` shows."""
+        """Return what `penstock status` shows: the node's view, ready, error, problems, actions."""
         view = dict(self.desired.view) if self.desired else {}
-        return {**view, **self._state}
+        return {**view, **self._state, "actions": list(self._history)}
 
     async def plan_only(self) -> list[Action]:
         """Return what a turn would do now, without doing it."""
@@ -86,12 +92,21 @@ class Reconciler:
             return plan(wanted, actual, self._stands)
 
     async def settled(self, number: int, timeout: float) -> None:
-        """Wait until the port of an endpoint stands and the forwarder follows. TimeoutError."""
+        """Wait until port and routes of an endpoint stand and the forwarder follows.
+
+        Raises TimeoutError, which says why.
+        """
         self.trigger(f"endpoint {number}")
-        async with asyncio.timeout(timeout):
-            turn = self.turns
-            while not self._stands_for(number):
-                turn = await self.turned(turn)
+        try:
+            async with asyncio.timeout(timeout):
+                turn = self.turns
+                while not self._stands_for(number):
+                    turn = await self.turned(turn)
+        except TimeoutError:
+            why = self._state["error"] or f"no device for it among {len(self._endpoints())} records"
+            raise TimeoutError(
+                f"endpoint {number} not in the tables in {timeout:g} s: {why}"
+            ) from None
 
     async def turned(self, since: int) -> int:
         """Wait until more than `since` turns are over; return their number."""
@@ -100,8 +115,15 @@ class Reconciler:
         return self.turns
 
     def _stands_for(self, number: int) -> bool:
-        ports = self._stands.ports if self._stands else {}
-        there = any(port.endpoint == number for port in ports.values())
+        """Numbers are reused: the port must be that of the present endpoint."""
+        ends = [end for end in self._endpoints() if end.number == number]
+        ports = self._stands.ports.values() if self._stands else ()
+        there = any(
+            (port.endpoint, port.name, port.ifindex, port.address4, port.address6)
+            == (number, end.host_ifname, end.ifindex, end.address4, end.address6)
+            for end in ends
+            for port in ports
+        )
         generation = int(self._writer.shm.control[0]["ports_generation"])
         return there and self._synced == generation
 
@@ -110,40 +132,47 @@ class Reconciler:
     async def run(self, stop: asyncio.Event) -> None:
         """Turn until stop is set."""
         loop = asyncio.get_running_loop()
-        doorbell = _doorbell()
-        loop.add_reader(doorbell, self._ring, doorbell)
+        doorbell = self._doorbell = Doorbell(self._wake.set)
+        loop.add_reader(doorbell.fileno(), doorbell.read)
         stopping = asyncio.create_task(stop.wait())
         try:
             while not stop.is_set():
                 self._wake.clear()
                 await self.once()
-                wait = QUIET_S
-                if not self._state["ready"]:
-                    wait = RETRY_S[min(self._failures, len(RETRY_S) - 1)]
-                waking = asyncio.create_task(self._wake.wait())
-                await asyncio.wait(
-                    {waking, stopping}, timeout=wait, return_when=asyncio.FIRST_COMPLETED
-                )
-                waking.cancel()
-                await asyncio.sleep(DEBOUNCE_S)
+                await self._rest(stopping)
         finally:
-            loop.remove_reader(doorbell)
+            loop.remove_reader(doorbell.fileno())
             doorbell.close()
+            self._doorbell = None
             stopping.cancel()
             self.close()
 
+    async def _rest(self, stopping: asyncio.Task) -> None:
+        """Wait for a trigger, the next retry or the quiet turn."""
+        clock = asyncio.get_running_loop().time
+        retry = RETRY_S[min(self._failures, len(RETRY_S)) - 1]
+        end = clock() + (retry if self._failures else QUIET_S)
+        while not stopping.done() and (left := end - clock()) > 0:
+            waking = asyncio.create_task(self._wake.wait())
+            limit = min(left, NUDGE_S) if self._silent else left
+            await asyncio.wait(
+                {waking, stopping}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
+            )
+            waking.cancel()
+            if self._wake.is_set():
+                await asyncio.sleep(DEBOUNCE_S)
+                return
+            await self._provoke(self._silent)
+
     def close(self) -> None:
         """Close netlink."""
-        if self._kernel is not None:
-            self._thread.submit(self._kernel.close).result()
-            self._kernel = None
+        self._drop_kernel()
         self._thread.shutdown()
 
-    def _ring(self, doorbell: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):
-            while doorbell.recv(65536):
-                pass
-        self._wake.set()
+    def _drop_kernel(self) -> None:
+        kernel, self._kernel = self._kernel, None
+        if kernel is not None:
+            self._thread.submit(kernel.close)
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
@@ -151,7 +180,13 @@ class Reconciler:
     async def _look(self) -> tuple[Desired, Actual]:
         if self._kernel is None:
             self._kernel = await self._in_thread(Kernel)
-        actual = await self._in_thread(self._kernel.snapshot)
+        try:
+            actual = await self._in_thread(self._kernel.snapshot)
+        except Exception:
+            self._drop_kernel()  # a socket in an unknown state: the next turn opens another
+            raise
+        if self._doorbell is not None:
+            self._doorbell.known = actual.neighbours
         current = self._writer.ports()
         return desired(self._config, self._objects(), self._endpoints(), actual, current), actual
 
@@ -160,8 +195,9 @@ class Reconciler:
         async with self._turn:
             done: list[Action] = []
             try:
-                problems = await self._apply(done)
-                self._failures = 0
+                refused, problems = await self._apply(done)
+                self._failures = self._failures + 1 if refused else 0
+                problems = [*refused, *problems]
                 self._state = {"ready": True, "error": "", "problems": problems}
             except (NotReady, ManifestError, KernelRefused, TableError, OSError) as error:
                 self._failed(str(error))
@@ -170,6 +206,7 @@ class Reconciler:
                 self._failed(f"{type(error).__name__}: {error}")
             for action in done:
                 log.info("done", action=str(action))
+                self._history.append({"time": time.time(), "action": str(action)})
             self.turns += 1
             self._turned.set()
             self._turned = asyncio.Event()
@@ -181,37 +218,57 @@ class Reconciler:
         self._failures += 1
         self._state = {"ready": False, "error": message, "problems": []}
 
-    async def _apply(self, done: list[Action]) -> list[str]:
+    async def _apply(self, done: list[Action]) -> tuple[list[str], list[str]]:
+        """Do what is to be done; return what the kernel refused, and the problems."""
+        refused: dict[Action, str] = {}
         for _ in range(TURNS_MOST):
             wanted, actual = await self._look()
             actions = plan(wanted, actual, self._stands)
-            kernel = [action for action in actions if action.method]
-            for action in kernel:
-                await self._in_thread(getattr(self._kernel, action.method), *action.arguments)
-                done.append(action)
-            if not kernel:
+            fresh = [action for action in actions if action.method and action not in refused]
+            for action in fresh:
+                try:
+                    await self._in_thread(getattr(self._kernel, action.method), *action.arguments)
+                    done.append(action)
+                except (KernelRefused, OSError) as error:
+                    refused[action] = str(error)
+            if not fresh:
                 break
+        if HOST not in actual.links:
+            raise NotReady("; ".join(refused.values()) or f"{HOST} is not there")
         self.desired = wanted
-        if actions:
+        writes = [action for action in actions if not action.method]
+        if writes:
             self._write(wanted.tables)
-            done.extend(actions)
+            done.extend(writes)
+        neighbours = actual.neighbours
+        self._silent = frozenset(
+            key for key in wanted.provoke if key not in neighbours or not neighbours[key].usable
+        )
+        await self._provoke(wanted.provoke)
         await self._follow()
-        assert self._kernel is not None
-        for device, address in wanted.provoke:
-            await self._in_thread(self._kernel.provoke, device, address)
-        return list(wanted.problems)
+        return list(refused.values()), list(wanted.problems)
+
+    async def _provoke(self, keys: frozenset[Key]) -> None:
+        """Ask for neighbours. A refusal is no news: their device has just gone."""
+        for device, address in keys:
+            if self._kernel is not None:
+                with contextlib.suppress(KernelRefused):
+                    await self._in_thread(self._kernel.provoke, device, address)
 
     def _write(self, tables: Tables) -> None:
         """Bring the tables to what they should be; ports before the routes that use them."""
         writer = self._writer
-        writer.set_node(**tables.node)
-        for index, port in tables.ports.items():
-            writer.set_port(index, port)
-        writer.replace_routes(tables.routes)
-        for index in writer.ports().keys() - tables.ports.keys():
-            writer.clear_port(index)
-        _steer(writer.shm.folder / "steering.json", tables)
-        writer.publish()
+        self._stands = None  # until all is written
+        try:
+            writer.set_node(**tables.node)
+            for index, port in tables.ports.items():
+                writer.set_port(index, port)
+            writer.replace_routes(tables.routes)
+            for index in writer.ports().keys() - tables.ports.keys():
+                writer.clear_port(index)
+            _steer(writer.shm.folder / "steering.json", tables)
+        finally:
+            writer.publish()  # what fits a full table is in use already
         self._stands = tables
 
     async def _follow(self) -> None:
@@ -219,11 +276,6 @@ class Reconciler:
         if generation != self._synced:
             await self._sync()
             self._synced = generation
-
-    def forget_sync(self) -> None:
-        """The forwarder was restarted: ask it again."""
-        self._synced = -1
-        self.trigger("forwarder")
 
 
 def _steer(path: Path, tables: Tables) -> None:
@@ -240,11 +292,3 @@ def _steer(path: Path, tables: Tables) -> None:
     fresh = path.with_name(f".steering.{os.getpid()}.{time.monotonic_ns()}")
     fresh.write_text(text)
     fresh.rename(path)
-
-
-def _doorbell() -> socket.socket:
-    """A netlink socket that becomes readable when links, addresses, routes, neighbours change."""
-    doorbell = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-    doorbell.bind((0, GROUPS))
-    doorbell.setblocking(False)
-    return doorbell
