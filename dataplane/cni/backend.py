@@ -91,8 +91,10 @@ class Backend:
 
     async def delete(self, key: Key) -> None:
         """Detach; succeeds when there is nothing left to do."""
-        await _in_thread(wire.detach, host_name(key[1], key[2]))
+        host_ifname = host_name(key[1], key[2])
+        await _in_thread(wire.detach, host_ifname)
         self.endpoints.delete(key)
+        self.endpoints.forget_broken(host_ifname)
         self.ipam.release(key)
 
     async def check(self, request: Request) -> None:
@@ -164,6 +166,13 @@ class Backend:
             path.unlink(missing_ok=True)
             count += 1
         return count
+
+    def take_unreadable(self) -> dict[str, str]:
+        """Files that were no DEL and have been removed: name -> reason; each is told once."""
+        found = dict(self.deletes.unreadable) if self.deletes else {}
+        if self.deletes:
+            self.deletes.unreadable.clear()
+        return found
 
     async def _forget_remembered(self, request: Request) -> None:
         found = self.deletes.of(request.container_id, request.ifname) if self.deletes else None

@@ -129,6 +129,12 @@ class Endpoints:
             self._changed()
         return endpoint
 
+    def forget_broken(self, host_ifname: str) -> None:
+        """Remove a file that could not be read, once its pair is gone. Raises OSError."""
+        if self.broken.pop(host_ifname, None) is not None:
+            (self.folder / f"{host_ifname}.json").unlink(missing_ok=True)
+            self._sync()
+
     def _load(self, path: Path) -> None:
         try:
             endpoint = Endpoint.from_json(path.read_text())

@@ -49,6 +49,8 @@ class CniServer:
 
     async def start(self) -> None:
         """Recover, replay, listen. Raises OSError when the socket cannot be made."""
+        for name, reason in self.backend.endpoints.broken.items():
+            log.error("a pod's record cannot be read; delete the pod", name=name, error=reason)
         for name in await self.backend.recover():
             log.warning("removed what an interrupted operation left", name=name)
         await self._replay_once()
@@ -122,6 +124,8 @@ class CniServer:
         else:
             if count:
                 log.info("did remembered DELs", count=count)
+            for name, reason in self.backend.take_unreadable().items():
+                log.warning("threw a remembered DEL away", name=name, error=reason)
 
     def _track(self, task: asyncio.Task) -> None:
         self._tasks.add(task)

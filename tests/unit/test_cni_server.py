@@ -243,6 +243,9 @@ def test_recovery_removes_halves_and_keeps_the_rest(world):
         assert removed == ["pst0000beef", "penstock/c2/eth0", "penstock/c7/eth0"]
         assert set(world.kernel.ends) == {C1, host_name("c3", "eth0")}
         assert {lease.key[1] for lease in world.ipam.leases()} == {"c1", "c3"}
+        await world.ask(add_request(COMMAND="DEL", CONTAINERID="c3"))
+        assert not damaged.exists()
+        assert not world.endpoints.broken
 
     asyncio.run(body())
 
