@@ -2,9 +2,9 @@
 
 Rule: one BPF_PROG_RUN call without end; counters are read in its middle; a signal ends it.
 
-Theory. With BPF_F_TEST_XDP_LIVE_FRAMES the kernel runs `generate` (xdp/bpf/pass.bpf.c) on recycled
-pages and carries out its redirect into the pod's veth, as fast as a dedicated generator and on any
-machine. A call costs tens of milliseconds before its first frame, so short calls measure their own
+Theory. With BPF_F_TEST_XDP_LIVE_FRAMES the kernel runs `generate` (xdp/bpf/generator.bpf.c) on
+recycled pages and carries out its redirect into the pod's veth, as fast as a dedicated generator
+and on any machine. A call costs tens of milliseconds before its first frame, so short calls measure their own
 dead time. The program walks the UDP source port through the flows. It runs in a process of its own,
 pinned to a core: `python -m bench.generator` inside the pod's namespace. RFC 2544 names the frame
 sizes; a size here counts the frame check sequence, as there: 64 is 60 bytes of memory.
@@ -83,9 +83,10 @@ def main() -> int:
         parser.error(f"--flows {options.flows}: must be a power of two, at most 32768")
     frame = Flow(**options.flow).frame()
     ifindex = socket.if_nametoindex(options.device)
-    with BpfObject(ObjectSpec.load(find("pass.bpf.o"))) as bpf, contextlib.suppress(Stopped):
+    with BpfObject(ObjectSpec.load(find("generator.bpf.o"))) as bpf, contextlib.suppress(Stopped):
         bpf.maps["devices"].update(0, ifindex)
-        bpf.maps["flows_mask"].update(0, options.flows - 1)
+        headers = struct.pack("QQ48s", options.flows - 1, 0, frame[:HEADERS])
+        bpf.maps["templates"].update(0, headers)
         signal.signal(signal.SIGTERM, _stop)
         print(READY, flush=True)
         live_frames(bpf.programs["generate"], frame, ifindex, REPEAT)

@@ -155,6 +155,7 @@ class Wire:
         for number, host in enumerate(self.HOST):
             words += ["--vdev", f"net_af_xdp{number},iface={host},force_copy=1"]
         words += ["--", f"--forward-mode={forward_mode}", "--nb-cores=1", "--burst=32"]
+        words += ["--total-num-mbufs=32768"]
         process = self.node.spawn(*words, "--auto-start", "--stats-period=3600")
 
         def ready() -> bool:
