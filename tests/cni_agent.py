@@ -35,7 +35,7 @@ async def main(folder: Path) -> None:
         while (folder / "hold").exists():
             await asyncio.sleep(0.02)
 
-    ipam = Ipam.open(folder / "ipam.db")
+    ipam = Ipam.open(folder / "ipam.db", rest_s=0)
     ipam.set_node_pools({cidr.version: cidr for cidr in NODE.local_cidrs})
     backend = Backend(
         ipam,

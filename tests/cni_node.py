@@ -39,9 +39,11 @@ class Namespaces:
         self.made.append(name)
         return name
 
-    def close(self) -> None:
+    def close(self, keep: str = "") -> None:
         for name in self.made:
-            command("ip", "netns", "del", name, check=False)
+            if name != keep:
+                command("ip", "netns", "del", name, check=False)
+        self.made = [name for name in self.made if name == keep]
 
 
 @dataclass
