@@ -90,3 +90,42 @@ def test_config_default_is_yaml_that_checks(tmp_path):
     assert penstock("config", "check", "--config", str(path)).returncode == 0
     shown = yaml.safe_load(penstock("config", "show", "--config", str(path)).stdout)
     assert shown["network"]["tunnel"] == "vxlan"
+
+
+def test_node_cidrs_are_carved_once_and_taken_back(tmp_path):
+    path = tmp_path / "c.yaml"
+    pools = [{"cidr": "10.0.0.0/22", "mask_size": 24}, {"cidr": "fd00::/56", "mask_size": 64}]
+    document = {"node": {"state_dir": str(tmp_path / "state")}, "network": {"pools": pools}}
+    path.write_text(yaml.safe_dump(document))
+
+    def ipam(*words):
+        done = penstock("ipam", *words, "--config", str(path), "-o", "json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    first = ipam("carve", "a", "b")
+    assert [row["podCIDRs"] for row in first] == [
+        ["10.0.0.0/24", "fd00::/64"],
+        ["10.0.1.0/24", "fd00:0:0:1::/64"],
+    ]
+    assert ipam("carve", "b", "a") == first[::-1]
+    assert ipam("reclaim", "a") == first[:1]
+    assert [row["node"] for row in ipam("cluster")["nodes"]] == ["b"]
+    assert [row["used"] for row in ipam("cluster")["pools"]] == [1, 1]
+    ipam("carve", "c", "d", "e")
+    full = penstock("ipam", "carve", "f", "--config", str(path))
+    assert full.returncode == 1
+    assert "10.0.0.0/22 is exhausted" in full.stderr
+
+
+def test_run_dir_may_be_given(tmp_path):
+    done = penstock("counters", "--run-dir", str(tmp_path / "elsewhere"))
+    assert done.returncode == 1
+    assert str(tmp_path / "elsewhere") in done.stderr
+
+
+def test_a_wrong_address_is_wrong_usage(tmp_path):
+    done = penstock("route", "get", "10.0.0.256", "--run-dir", str(tmp_path))
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert "10.0.0.256" in done.stderr

@@ -75,6 +75,14 @@ def test_a_systemd_that_went_away_harms_nobody(tmp_path, monkeypatch):
     assert not notify("WATCHDOG=1")
 
 
+def test_a_listener_that_never_reads_harms_nobody(tmp_path, monkeypatch):
+    listener = Listener(tmp_path, monkeypatch)
+    monkeypatch.setattr("dataplane.daemon.notify.SEND_S", 0.01)
+    queue = 4096  # far more than net.unix.max_dgram_qlen
+    assert not all(notify("WATCHDOG=1") for _ in range(queue))
+    assert listener.heard() == ["WATCHDOG=1"]
+
+
 def test_logs_are_json_lines_with_the_usual_fields():
     code = (
         "from dataplane.daemon.log import get_logger, setup\n"
