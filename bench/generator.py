@@ -4,10 +4,11 @@ Rule: one BPF_PROG_RUN call without end; counters are read in its middle; a sign
 
 Theory. With BPF_F_TEST_XDP_LIVE_FRAMES the kernel runs `generate` (xdp/bpf/generator.bpf.c) on
 recycled pages and carries out its redirect into the pod's veth, as fast as a dedicated generator
-and on any machine. A call costs tens of milliseconds before its first frame, so short calls measure their own
-dead time. The program walks the UDP source port through the flows. It runs in a process of its own,
-pinned to a core: `python -m bench.generator` inside the pod's namespace. RFC 2544 names the frame
-sizes; a size here counts the frame check sequence, as there: 64 is 60 bytes of memory.
+and on any machine. A call costs tens of milliseconds before its first frame, so short calls
+measure their own dead time. The program walks the UDP source port through the flows. It runs in a
+process of its own, pinned to a core: `python -m bench.generator` inside the pod's namespace. RFC
+2544 names the frame sizes; a size counts the frame check sequence, as there: 64 is 60 bytes of
+memory.
 """
 
 import argparse

@@ -28,7 +28,6 @@ UNITS = {  # M packets/s; ns of all cores, and of the forwarder alone, for each 
     "p50_us": "p50 us",
     "p99_us": "p99 us",
     "p999_us": "p99.9 us",
-    "rate": "a second",
 }
 LESS_IS_BETTER = frozenset({"busy_ns", "own_ns", "p50_us", "p99_us", "p999_us"})
 
@@ -77,7 +76,7 @@ def latency(subject: Subject, seconds: float) -> dict[str, float]:
             seconds,
             cpu=GENERATOR_CPU,
         )
-    return {name: found[name] for name in ("p50_us", "p99_us", "p999_us", "rate")}
+    return {name: found[name] for name in ("p50_us", "p99_us", "p999_us")}
 
 
 class served:  # noqa: N801  (reads as a verb at its uses)

@@ -84,7 +84,7 @@ def show(results: Results, console: Console) -> None:
         console.print(table)
     for subject, remark in results.remarks.items():
         console.print(f"{subject}: {remark}", markup=False, highlight=False)
-    console.print("median \\[least..most] of the turns; x: how many times better penstock is")
+    console.print("median and least..most of the turns; x: how many times better penstock is")
     for line in results.skipped:
         console.print(f"skipped: {line}", style="yellow", markup=False)
 
@@ -95,7 +95,7 @@ def _cells(results: Results, key: tuple[str, str, str, str]) -> list[str]:
     numbers = list(results.values[key].values())
     middle, least, most = statistics.median(numbers), min(numbers), max(numbers)
     ratio = results.ratio(key)
-    text = f"{_short(middle)} \\[{_short(least)}..{_short(most)}]"
+    text = f"{_short(middle)}\n[dim]{_short(least)}..{_short(most)}[/dim]"
     return [text, "" if ratio is None else f"{ratio:.2f}"]
 
 

@@ -12,7 +12,6 @@ MODES = {
     "vxlan-4": Settings(),
     "vxlan-6": Settings(underlay_family=6),
     "geneve-4": Settings(tunnel="geneve"),
-    "geneve-6": Settings(tunnel="geneve", underlay_family=6),
     "direct": Settings(mode="direct"),
 }
 
