@@ -35,6 +35,7 @@ FAMILIES = {2: 4, 10: 6}
 AF = {4: 2, 6: 10}
 NTF_USE = 0x01
 ONLINK = 0x4  # RTNH_F_ONLINK
+SCOPE_ANY = 255  # RT_SCOPE_NOWHERE: in a deletion, a route of any scope
 
 
 class KernelRefused(Exception):
@@ -228,7 +229,9 @@ class Kernel:
                 "del",
                 dst=str(route.network),
                 oif=route.device,
+                priority=route.metric,
                 proto=PROTOCOL,
+                scope=SCOPE_ANY,
                 family=AF[route.network.version],
             )
 
