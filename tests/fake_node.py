@@ -2,8 +2,8 @@
 
 Rule: it does what the netlink methods say and no more; no namespace, no root.
 
-Theory. `plan` is pure, so a kernel that is a few dicts is enough to prove that applying a plan leads
-to an empty one, for any sequence of changes.
+Theory. `plan` is pure, so a kernel that is a few dicts is enough to prove that applying a plan
+leads to an empty one, for any sequence of changes.
 """
 
 from dataclasses import replace
