@@ -32,10 +32,12 @@ from dataplane.control.jsonl import RemoteError, Unreachable, acall, serve
 from dataplane.control.model import EndpointView
 from dataplane.control.objects import Objects
 from dataplane.control.reconcile import Reconciler
+from dataplane.control.source import Source
 from dataplane.daemon import views
 from dataplane.daemon.lock import hold
 from dataplane.tables.shm import Shm
 from dataplane.tables.writer import TableWriter
+from ipam.errors import IpamError
 from ipam.service import Ipam
 
 READY_S = 20.0  # an ADD waits so long for the forwarder to take its port
@@ -74,7 +76,7 @@ class Agent:
         self.shm = Shm.create(config.run_dir)
         self.ipam = Ipam.open(config.state_dir / "ipam.db")
         self.endpoints = Endpoints(config.state_dir)
-        self.source = FolderSource(config.source.folder)
+        self.source: Source = FolderSource(config.source.folder)
         self.objects = Objects()
         self.reconciler = Reconciler(
             config,
@@ -96,6 +98,7 @@ class Agent:
         self.endpoints.on_change(lambda: self.reconciler.trigger("endpoints"))
         self.stop = asyncio.Event()
         self._pools: dict[int, Any] = {}
+        self._pool_error = ""
         self._serving = False
         self._port_errors: dict[str, str] = {}
 
@@ -104,7 +107,9 @@ class Agent:
     def _addressing(self) -> NodeAddressing | None:
         """The node as its pods see it; None until it can take pods."""
         wanted = self.reconciler.desired
-        if wanted is None or not self.reconciler.status()["ready"] or not self._pools:
+        if wanted is None or not self.reconciler.status()["ready"]:
+            return None
+        if not self._pools or self._pool_error:
             return None
         node = self.objects.nodes.get(self.config.node.name)
         if node is None:
@@ -178,6 +183,8 @@ class Agent:
             if not self._serving:
                 await self.cni.start()
                 self._serving = True
+            if self._pool_error:
+                continue
             cni = self.config.node.cni
             deletes = self.config.run_dir / "deletes"
             if conflist.write(cni.conf_dir, self.cni_socket, deletes, cni.name):
@@ -185,12 +192,14 @@ class Agent:
 
     def _set_pools(self, cidrs: Any, routers: Any) -> None:
         pools = {cidr.version: cidr for cidr in cidrs}
-        if pools != self._pools:
+        if pools != self._pools or self._pool_error:
             try:
                 self.ipam.set_node_pools(pools, reserved=list(routers))
-                self._pools = pools
-            except Exception as error:  # a smaller pool than its leases: the old one stays
-                log.error("pools refused", error=str(error))
+                self._pools, self._pool_error = pools, ""
+            except IpamError as error:  # such as a pool without room for its leases
+                if str(error) != self._pool_error:
+                    log.error("pools refused", error=str(error))
+                self._pool_error = str(error)
 
     async def _sweep(self) -> None:
         """Return the leases of pods that are truly gone."""
@@ -230,10 +239,11 @@ class Agent:
             forwarder, error = None, str(problem)
         state = self.reconciler.status()
         failed = [p["error"] for p in (forwarder or {}).get("ports", ()) if p["error"]]
-        errors = [state["error"], error, *state["problems"], *failed]
+        errors = [state["error"], error, self._pool_error, *state["problems"], *failed]
         errors += [f"{where}: {text}" for where, text in self.source.errors.items()]
+        serving = self._serving and not self._pool_error
         return {
-            "ready": bool(state["ready"]) and forwarder is not None and self._serving,
+            "ready": bool(state["ready"]) and forwarder is not None and serving,
             "agent": {"pid": os.getpid(), "started": self.started},
             "forwarder": forwarder,
             "node": {k: v for k, v in state.items() if k not in ("ready", "error", "problems")},

@@ -137,6 +137,21 @@ def test_a_broken_manifest_is_shown_and_changes_nothing(node):
     eventually(lambda: not look(node)["errors"], "no error")
 
 
+def test_a_pool_that_leaves_out_a_lease_is_refused_and_said(node):
+    pod = node.pod("early")
+    path = node.cluster.manifests / "node-node1.yaml"
+    good = path.read_text()
+    path.write_text(good.replace("10.244.1.0/24", "10.244.7.0/24"))
+    eventually(lambda: "10.244.7.0/24" in str(look(node)["errors"]), "the refusal in status")
+    assert not look(node)["ready"]
+    with pytest.raises(LabError, match=r'"code": ?11'):
+        node.pod("late")
+    path.write_text(good)
+    node.wait()
+    pod.delete()
+    node.cluster.lab.delete(node.cluster.lab.namespaces["late"])
+
+
 def test_a_hanging_forwarder_is_replaced(node):
     hanging = node.pid("forwarder")
     os.kill(hanging, signal.SIGSTOP)
