@@ -14,6 +14,7 @@ import numpy as np
 
 from dataplane.kernels import wire
 from dataplane.kernels.batch import (
+    FLAG_FRAGMENT,
     FLAG_MULTICAST,
     KIND_ARP,
     KIND_IP4,
@@ -49,8 +50,14 @@ ZERO = np.uint64(0)
 
 @inline
 def is_gateway_solicitation(b, t, i):
-    """True for a neighbour solicitation that asks for the gateway (RFC 4861 4.3)."""
+    """True for a neighbour solicitation that asks for the gateway (RFC 4861 4.3).
+
+    Only our own links may ask: an answer leaves by the port it came from, and the underlay is no
+    link of the gateway's. A fragment is none (RFC 6980).
+    """
     if b.kind[i] != KIND_IP6 or b.protocol[i] != wire.ICMP6 or b.ttl[i] != wire.ND_HOPS:
+        return False
+    if b.flags[i] & FLAG_FRAGMENT or t.ports[b.ingress[i]].kind == PORT_UPLINK:
         return False
     at = b.address[i] + b.l4[i]
     end = b.l4[i] + wire.ND_OPTIONS

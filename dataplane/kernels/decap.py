@@ -4,9 +4,10 @@ Rule: nothing of the inner packet is looked at before the outer one is whole, ou
 
 Theory. The packet is opened in place: `address` moves behind the tunnel header and the inner frame
 is parsed like one from a port. RFC 7348: the I flag must be set, other bits are ignored on
-receipt. RFC 8926: version 0, options skipped, one marked critical that we do not know is a drop
-(4.3). The outer UDP checksum is not verified: zero is usual (RFC 6935), and a wrong one is caught
-by the inner checksums. ECN goes from the outer header to the inner (RFC 6040 4.2); DSCP stays.
+receipt. RFC 8926: version 0, options skipped; one marked critical that we do not know is a drop
+(4.3), and so is a control packet, whose payload must not go on (3.4). The outer UDP checksum is
+not verified: zero is usual (RFC 6935), and a wrong one is caught by the inner checksums. ECN goes
+from the outer header to the inner (RFC 6040 4.2); DSCP stays.
 """
 
 import numpy as np
@@ -40,6 +41,10 @@ WRONG_VNI = value("REASON_WRONG_VNI")
 UNKNOWN_SENDER = value("REASON_UNKNOWN_SENDER")
 UNSUPPORTED_L3 = value("REASON_UNSUPPORTED_L3")
 
+GENEVE_CONTROL = 0x80  # O bit
+ECN_ECT1 = 1
+ECN_ECT0 = 2
+
 
 @inline
 def _vxlan(b, t, i, at):
@@ -59,6 +64,9 @@ def _geneve(b, t, i, at, room):
     first = load8(at)
     size = wire.GENEVE_LENGTH + (first & 0x3F) * 4
     if first >> 6 != 0 or size > room or load16be(at + wire.GENEVE_TYPE) != wire.TYPE_BRIDGED:
+        drop(b, i, INVALID_TUNNEL)
+        return 0
+    if load8(at + 1) & GENEVE_CONTROL:
         drop(b, i, INVALID_TUNNEL)
         return 0
     if load8(at + 1) & wire.GENEVE_CRITICAL:
@@ -81,41 +89,29 @@ def _geneve(b, t, i, at, room):
 
 
 @inline
-def _mark_congestion(b, i):
-    """Set CE in the inner header (RFC 3168), with the IPv4 checksum adjusted."""
+def _set_ecn(b, i, ecn):
+    """Write the ECN field of packet i; the IPv4 checksum follows (RFC 1624 eqn. 3)."""
     at = b.address[i] + b.l3[i]
+    b.tos[i] = (b.tos[i] & ~wire.ECN_MASK) | ecn
     if b.kind[i] == KIND_IP4:
         old = load16be(at)
-        store8(at + wire.IP4_TOS, b.tos[i] | wire.ECN_CE)
+        store8(at + wire.IP4_TOS, b.tos[i])
         total = (~load16be(at + wire.IP4_CHECKSUM) & 0xFFFF) + (~old & 0xFFFF) + load16be(at)
         store16be(at + wire.IP4_CHECKSUM, ~fold16(total) & 0xFFFF)
     else:
-        store32be(at, load32be(at) | (wire.ECN_CE << 20))
-    b.tos[i] |= wire.ECN_CE
+        store32be(at, (load32be(at) & ~(wire.ECN_MASK << 20)) | (ecn << 20))
 
 
 @inline
 def _congestion(b, i, outer):
     """RFC 6040 4.2, figure 4: combine the outer ECN field with the inner one."""
     inner = b.tos[i] & wire.ECN_MASK
-    if outer != wire.ECN_CE:
-        # ECT(1) outside over ECT(0) inside stays ECT(1), the only other change of the table.
-        if outer == 1 and inner == 2:
-            at = b.address[i] + b.l3[i]
-            if b.kind[i] == KIND_IP4:
-                old = load16be(at)
-                store8(at + wire.IP4_TOS, (b.tos[i] & 0xFC) | 1)
-                check = ~load16be(at + wire.IP4_CHECKSUM) & 0xFFFF
-                total = check + (~old & 0xFFFF) + load16be(at)
-                store16be(at + wire.IP4_CHECKSUM, ~fold16(total) & 0xFFFF)
-            else:
-                store32be(at, (load32be(at) & 0xFFCFFFFF) | (1 << 20))
-            b.tos[i] = (b.tos[i] & 0xFC) | 1
-        return
-    if inner == wire.ECN_NOT:
-        drop(b, i, INVALID_TUNNEL)
-    elif inner != wire.ECN_CE:
-        _mark_congestion(b, i)
+    if outer == wire.ECN_CE and inner == wire.ECN_NOT:
+        drop(b, i, INVALID_TUNNEL)  # a router marked what cannot react
+    elif outer == wire.ECN_CE and inner != wire.ECN_CE:
+        _set_ecn(b, i, wire.ECN_CE)
+    elif outer == ECN_ECT1 and inner == ECN_ECT0:
+        _set_ecn(b, i, ECN_ECT1)
 
 
 @inline
