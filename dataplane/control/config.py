@@ -160,9 +160,12 @@ def load(path: Path | None) -> Config:
             return Config()
         path = DEFAULT_PATH
     try:
-        raw = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        raw = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {error}") from error
     if raw is not None and not isinstance(raw, dict):
@@ -170,12 +173,30 @@ def load(path: Path | None) -> Config:
     try:
         return Config.model_validate(raw or {})
     except ValidationError as error:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
         lines = [
+            f"{path}:{_line(root, item['loc'])}: "
             f"{'.'.join(str(part) for part in item['loc']) or 'file'}: {item['msg']} "
             f"(is {item['input']!r})"
             for item in error.errors()
         ]
-        raise ConfigError(f"{path}: " + "; ".join(lines)) from error
+        raise ConfigError("; ".join(lines)) from error
+
+
+def _line(node: yaml.Node | None, place: tuple[int | str, ...]) -> int:
+    """Return the line of an option, or of what should hold it; the first is 1."""
+    line = 1
+    for part in place:
+        if isinstance(node, yaml.MappingNode):
+            key, node = next(((k, v) for k, v in node.value if k.value == part), (None, None))
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            key = node = node.value[part]
+        else:
+            break
+        if key is None:
+            break
+        line = key.start_mark.line + 1
+    return line
 
 
 def describe() -> str:

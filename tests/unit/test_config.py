@@ -49,6 +49,28 @@ def test_a_refusal_names_option_and_limit(tmp_path, text, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("node: {}\n\nnetwork:\n  mode: overlay\n  tunel: vxlan\n", 5),
+        ("network:\n  pools:\n  - cidr: 10.0.0.0/16\n    mask_size: x\n", 4),
+        ("network:\n  pools:\n  - cidr: 10.0.0.0/16\n", 3),
+        ("\nnetwork: 7\n", 2),
+        ("network:\n  mtu: 600\n", 1),
+    ],
+)
+def test_a_refusal_names_the_line(tmp_path, text, line):
+    with pytest.raises(ConfigError, match=f"config.yaml:{line}: network"):
+        load(write(tmp_path, text))
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"node: \xff")
+    with pytest.raises(ConfigError, match="byte 6"):
+        load(path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         load(tmp_path / "none.yaml")
