@@ -166,8 +166,8 @@ def load(path: Path | None) -> Config:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that is none
+        raise ConfigError(f"{path}: not YAML: {error}") from error
     if raw is not None and not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping of sections, is {type(raw).__name__}")
     try:

@@ -47,13 +47,15 @@ class FolderSource:
                 manifests = _manifests(path)
                 collect(manifests)
                 self._good[path] = manifests
-            except (ManifestError, OSError, UnicodeDecodeError) as error:
+            except (ManifestError, OSError) as error:
                 self.errors[str(path)] = str(error)
             except yaml.YAMLError as error:
                 mark = getattr(error, "problem_mark", None)
                 line = f":{mark.line + 1}" if mark else ""
                 problem = getattr(error, "problem", None) or str(error)
                 self.errors[f"{path}{line}"] = f"not YAML: {problem}"
+            except (ValueError, RecursionError) as error:  # no UTF-8, no such date, too deep
+                self.errors[str(path)] = f"not YAML: {error}"
         return collect([manifest for path in sorted(self._good) for manifest in self._good[path]])
 
     async def changes(self) -> AsyncIterator[Objects]:
@@ -97,8 +99,12 @@ def _manifests(path: Path) -> list[Mapping[str, Any]]:
     for document in yaml.safe_load_all(path.read_text()):
         if document is None:
             continue
-        if isinstance(document, Mapping) and str(document.get("kind", "")).endswith("List"):
-            found.extend(document.get("items") or [])
+        kind = document.get("kind") if isinstance(document, Mapping) else None
+        if isinstance(kind, str) and kind.endswith("List"):
+            items = document.get("items") or []
+            if not isinstance(items, list):
+                raise ManifestError(f"{kind}: items must be a list, is {type(items).__name__}")
+            found.extend(items)
         else:
             found.append(document)
     return found

@@ -6,6 +6,7 @@ Theory. Only these classes know the shape of Kubernetes' JSON. Objects of other 
 they came (`others`), for the parts that will need them.
 """
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import (
@@ -21,6 +22,7 @@ from typing import Any
 Address = IPv4Address | IPv6Address
 Cidr = IPv4Network | IPv6Network
 MAC_ANNOTATION = "penstock.io/vtep-mac"
+_BRIEF = reprlib.Repr()  # a manifest may be huge, or hold itself
 
 
 class ManifestError(ValueError):
@@ -75,14 +77,22 @@ class Objects:
     others: tuple[Mapping[str, Any], ...] = ()
 
 
-def _many(parse: Any, values: Any, where: str) -> tuple:
-    if not isinstance(values, list):
-        raise ManifestError(f"{where}: must be a list, is {values!r}")
+def _list(section: Mapping[str, Any], name: str, of: type, where: str) -> list:
+    values = section.get(name) or []
+    if not isinstance(values, list) or not all(isinstance(value, of) for value in values):
+        kind = "mappings" if of is Mapping else "strings"
+        raise ManifestError(f"{where}.{name}: must be a list of {kind}, is {_BRIEF.repr(values)}")
+    return values
+
+
+def _many(parse: Any, values: list, where: str) -> tuple:
     found = []
     for value in values:
+        if not isinstance(value, str):  # ipaddress takes 5 for 0.0.0.5
+            raise ManifestError(f"{where}: {_BRIEF.repr(value)} is not a string")
         try:
             found.append(parse(value))
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ManifestError(f"{where}: {error}") from error
     return tuple(found)
 
@@ -90,43 +100,64 @@ def _many(parse: Any, values: Any, where: str) -> tuple:
 def _section(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = manifest.get(name) or {}
     if not isinstance(value, Mapping):
-        raise ManifestError(f"{name}: must be a mapping, is {value!r}")
+        raise ManifestError(f"{name}: must be a mapping, is {_BRIEF.repr(value)}")
+    return value
+
+
+def _texts(manifest: Mapping[str, Any], name: str) -> dict[str, str]:
+    """metadata.labels or metadata.annotations: text by text."""
+    found = dict(_section(_section(manifest, "metadata"), name))
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            pair = f"{_BRIEF.repr(key)}: {_BRIEF.repr(value)}"
+            raise ManifestError(f"metadata.{name}: {pair} must be strings, quote them")
+    return found
+
+
+def _text(section: Mapping[str, Any], name: str, where: str) -> str:
+    value = section.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ManifestError(f"{where}.{name}: {_BRIEF.repr(value)} is not a string")
     return value
 
 
 def node(manifest: Mapping[str, Any], name: str) -> Node:
     """Read a Node. Raises ManifestError."""
-    addresses = _section(manifest, "status").get("addresses") or []
-    if not isinstance(addresses, list) or not all(isinstance(a, Mapping) for a in addresses):
-        raise ManifestError(f"status.addresses: must be a list of mappings, is {addresses!r}")
+    addresses = _list(_section(manifest, "status"), "addresses", Mapping, "status")
     internal = [item.get("address") for item in addresses if item.get("type") == "InternalIP"]
     spec = _section(manifest, "spec")
-    cidrs = spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else [])
+    cidrs = _list(spec, "podCIDRs", str, "spec")
+    if not cidrs and spec.get("podCIDR"):
+        cidrs = [spec["podCIDR"]]
     return Node(
         name,
         _many(ip_address, internal, "status.addresses"),
         _many(ip_network, cidrs, "spec.podCIDRs"),
-        dict(_section(manifest, "metadata").get("annotations") or {}),
+        _texts(manifest, "annotations"),
     )
 
 
 def namespace(manifest: Mapping[str, Any], name: str) -> Namespace:
-    """Read a Namespace."""
-    labels = dict(_section(manifest, "metadata").get("labels") or {})
+    """Read a Namespace. Raises ManifestError."""
+    labels = _texts(manifest, "labels")
     return Namespace(name, {"kubernetes.io/metadata.name": name, **labels})
 
 
 def pod(manifest: Mapping[str, Any], name: str) -> Pod:
     """Read a Pod. Raises ManifestError."""
     metadata, spec = _section(manifest, "metadata"), _section(manifest, "spec")
-    ips = [item.get("ip") for item in _section(manifest, "status").get("podIPs") or []]
+    ips = [
+        item.get("ip") for item in _list(_section(manifest, "status"), "podIPs", Mapping, "status")
+    ]
     return Pod(
-        str(metadata.get("namespace") or "default"),
+        _text(metadata, "namespace", "metadata") or "default",
         name,
-        dict(metadata.get("labels") or {}),
+        _texts(manifest, "labels"),
         _many(ip_address, ips, "status.podIPs"),
-        str(spec.get("nodeName") or ""),
-        bool(spec.get("hostNetwork")),
+        _text(spec, "nodeName", "spec"),
+        spec.get("hostNetwork") is True,
     )
 
 
@@ -134,9 +165,9 @@ def collect(manifests: list[Mapping[str, Any]]) -> Objects:
     """Read manifests into Objects; a later one of the same name wins. Raises ManifestError."""
     nodes, namespaces, pods, others = {}, {}, {}, []
     for manifest in manifests:
-        if not isinstance(manifest, Mapping) or not manifest.get("kind"):
-            raise ManifestError(f"not a Kubernetes object: {str(manifest)[:60]!r} has no kind")
-        kind = manifest["kind"]
+        kind = manifest.get("kind") if isinstance(manifest, Mapping) else None
+        if not isinstance(kind, str) or not kind:
+            raise ManifestError(f"not a Kubernetes object: {_BRIEF.repr(manifest)} has no kind")
         name = _section(manifest, "metadata").get("name")
         if not isinstance(name, str) or not name:
             raise ManifestError(f"{kind}: metadata.name is missing")

@@ -40,6 +40,8 @@ def test_tunnel_ports_are_those_of_cilium(tmp_path):
         ("forwarder: {frames: 5}", ["forwarder.frames", "1024"]),
         ("- a list", ["must be a mapping"]),
         ("network: {", ["config.yaml"]),
+        ("date: 2026-13-45", ["not YAML", "month"]),
+        ("[" * 5000, ["not YAML"]),
     ],
 )
 def test_a_refusal_names_option_and_limit(tmp_path, text, words):

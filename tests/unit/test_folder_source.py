@@ -3,8 +3,11 @@
 import asyncio
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dataplane.control.folder import FolderSource
+from dataplane.control.objects import ManifestError, Objects, collect
 
 NODE = """
 apiVersion: v1
@@ -45,6 +48,16 @@ def test_objects_of_all_documents_and_lists(tmp_path):
         (NODE.replace("192.0.2.1", "300.1.1.1"), ["status.addresses", "300.1.1.1"]),
         (NODE.replace("10.244.1.0/24", "10.244.1.1/24"), ["podCIDRs", "host bits"]),
         ("kind: Node\nmetadata: {name: x}\nstatus: {addresses: 7}", ["status.addresses"]),
+        ("kind: Node\nmetadata: {name: x}\nspec: {podCIDRs: [5]}", ["spec.podCIDRs", "5"]),
+        ("kind: Node\nmetadata: {name: x}\nspec: {podCIDR: 5}", ["spec.podCIDRs", "5"]),
+        ("kind: Pod\nmetadata: {name: x, labels: {a: 1}}", ["metadata.labels", "quote"]),
+        ("kind: Pod\nmetadata: {name: x, namespace: 7}", ["metadata.namespace", "7"]),
+        ("kind: Pod\nmetadata: {name: x}\nstatus: {podIPs: [7]}", ["status.podIPs"]),
+        ("kind: List\nitems: 7", ["items"]),
+        ("kind: [Node]\nmetadata: {name: x}", ["no kind"]),
+        ("date: 2026-13-45", ["YAML"]),
+        ("[" * 5000, ["YAML"]),
+        ("a: &a [*a]", ["no kind"]),
         ("\x00", ["bad.yaml"]),
     ],
 )
@@ -63,6 +76,62 @@ def test_a_broken_file_keeps_its_last_good_state(tmp_path, text, words):
     assert not source.errors
     path.unlink()
     assert not source.read().nodes
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+anything = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(leaves, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@st.composite
+def manifests(draw):
+    """An object of a kind we know, with nonsense in one of the places that we read."""
+    kind = draw(st.sampled_from(["Node", "Namespace", "Pod", "Other"]))
+    manifest = {
+        "kind": kind,
+        "metadata": {"name": "n", "labels": {"a": "b"}, "annotations": {}, "namespace": "x"},
+        "spec": {"podCIDRs": ["10.0.0.0/24"], "nodeName": "n"},
+        "status": {
+            "addresses": [{"type": "InternalIP", "address": "192.0.2.1"}],
+            "podIPs": [{"ip": "10.0.0.1"}],
+        },
+    }
+    place = manifest
+    for _ in range(draw(st.integers(0, 3))):
+        key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        if not isinstance(place[key], dict | list) or not place[key]:
+            break
+        place = place[key]
+    key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+    place[key] = draw(anything)
+    return manifest
+
+
+@settings(max_examples=300, deadline=None)
+@given(manifests() | anything)
+def test_nonsense_is_refused_or_read_but_never_crashes(manifest):
+    try:
+        objects = collect([manifest])
+    except ManifestError as error:
+        assert len(str(error)) < 500
+    else:
+        assert isinstance(objects, Objects)
+        hash(tuple(objects.nodes))
+        for node in objects.nodes.values():
+            assert all(isinstance(value, str) for value in node.annotations.values())
+
+
+def test_a_document_that_unfolds_without_end_is_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for number in range(1, 12):  # 9 to the 12th strings, were they written out
+        lines.append(f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]")
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines) + "\nmetadata: {name: x}\n")
+    source = FolderSource(tmp_path)
+    assert not source.read().nodes
+    assert "no kind" in next(iter(source.errors.values()))
 
 
 def test_changes_are_followed_also_of_a_folder_that_comes_later(tmp_path):
