@@ -8,6 +8,7 @@ across, so that each takes about as long.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -182,7 +183,8 @@ def run(console: Console, settings: Settings, once: bool, seconds: float | None)
             if not once:
                 background(places)
                 console.print("live view; Ctrl-C ends it and removes everything")
-                live.show(cluster.nodes, console, seconds)
+                with contextlib.suppress(KeyboardInterrupt):
+                    live.show(cluster.nodes, console, seconds)
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop this
             console.print("\nremoving pods, nodes and files")
@@ -216,7 +218,7 @@ def main() -> int:
     try:
         return run(console, settings, options.once, options.seconds)
     except KeyboardInterrupt:
-        return 0 if not options.once else 130
+        return 130
     except LabError as error:
         console.print(str(error), style="red", markup=False)
         return 1

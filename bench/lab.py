@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 UNDERLAY4 = IPv4Address("192.0.2.0")  # TEST-NET-1, RFC 5737
 UNDERLAY6 = IPv6Address("2001:db8::")  # RFC 3849
 CLONE_NEWNET = 0x40000000
+YOUNG_S = 60.0  # a folder without an owner may still be in the making
 PR_SET_PDEATHSIG = 1
 
 T = TypeVar("T")
@@ -311,7 +312,7 @@ class Lab:
         for namespace in reversed(self.namespaces.values()):
             namespace.delete()
         self.namespaces.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
 
 
 def _identity(pid: int) -> str:
@@ -329,9 +330,10 @@ def sweep() -> list[str]:
     for folder in HOME.glob(f"{PREFIX}*"):
         try:
             owner = (folder / "owner").read_text()
-        except OSError:
-            continue  # being made, or being removed
-        if _identity(int(owner.split()[0])) == owner:
+            alive = _identity(int(owner.split()[0])) == owner
+        except (OSError, ValueError, IndexError):
+            alive = _age(folder) < YOUNG_S  # being made, or left half removed
+        if alive:
             continue
         tag = folder.name.removeprefix(PREFIX)
         for path in Path("/run/netns").glob(f"pst-{tag}-*"):
@@ -340,6 +342,22 @@ def sweep() -> list[str]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", path.name], capture_output=True, check=False)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         removed.append(tag)
     return removed
+
+
+def _age(folder: Path) -> float:
+    try:
+        return time.time() - folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _remove(folder: Path) -> None:
+    """Delete a lab's files; what a container runtime mounted among them goes first."""
+    for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+        target = line.split()[1]
+        if Path(target).is_relative_to(folder):
+            subprocess.run(["umount", "-l", target], capture_output=True, check=False)
+    shutil.rmtree(folder, ignore_errors=True)

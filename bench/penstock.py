@@ -26,7 +26,7 @@ import yaml
 from bench.lab import ROOT, UNDERLAY4, UNDERLAY6, Lab, LabError, Namespace, Process, eventually
 from xdp.artifacts import find
 
-START_S = 90.0  # a cold start compiles the kernels
+START_S = 240.0  # a cold start compiles the kernels, perhaps beside other work
 TUNNEL_PORT = {"vxlan": 8472, "geneve": 6081}
 CLUSTER = {4: "10.244.0.0/16", 6: "fd00:244::/48"}
 
