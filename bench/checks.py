@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ HTTP_PORT = 8080
 IPERF_PORT = 5201
 RR_PORT = 7777
 PAGE = "page.bin"
+# iperf3's server closes its listener between two tests, and takes one test at a time.
+_BETWEEN_TESTS = ("Connection refused", "server is busy")
 PAGE_BYTES = 1 << 20
 
 
@@ -139,13 +142,32 @@ def iperf3(
     words += ["-n", amount] if amount else ["-t", str(seconds)]
     if cpu is not None:
         words = ["taskset", "-c", str(cpu), *words]
-    text = source.run(*words, *options, timeout=seconds + 60)
-    report = json.loads(text)
-    end = report.get("end", {})
-    if "sum_received" not in end:
-        raise LabError(f"iperf3 to {address}: {report.get('error', text[-500:])}")
+    end: dict = {}
+
+    def done() -> bool:
+        report = _report(source, [*words, *options], seconds + 60)
+        end.update(report.get("end") or {})
+        error = report.get("error", "")
+        if "sum_received" not in end and not any(text in error for text in _BETWEEN_TESTS):
+            raise LabError(f"iperf3 to {address}: {error or 'no result'}")
+        return "sum_received" in end
+
+    eventually(done, f"an iperf3 server at {address}", 10, 0.1)
     received = end["sum_received"]["bits_per_second"]
     return Stream(received / 1e9, end["sum_sent"].get("retransmits", 0))
+
+
+def _report(source: Namespace, words: list[str], timeout: float) -> dict:
+    """What iperf3 -J printed, whatever its exit status says."""
+    try:
+        done = subprocess.run(
+            source.wrap(words), capture_output=True, text=True, timeout=timeout, check=False
+        )
+        return json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        raise LabError(f"{' '.join(words)}: not done within {timeout:g} s") from None
+    except ValueError:
+        raise LabError(f"{' '.join(words)}: {done.stdout}{done.stderr}") from None
 
 
 def request_response(

@@ -29,7 +29,7 @@ from bench.lab import Lab, LabError, Namespace
 from bench.penstock import Cluster, Settings
 from xdp.artifacts import find
 
-AMOUNT = {True: "1G", False: "100M"}  # a transfer: same node or not
+AMOUNT = {True: "500M", False: "60M"}  # a transfer: same node or not
 AT_ONCE = 4
 
 
