@@ -2,12 +2,14 @@
 
 Rule: an answer is written over the packet that asked for it; nothing is allocated or copied.
 
-Theory. ARP and ND replies go back out of the port they came from. Echo replies and ICMP errors
-are IP packets to the old source: they get the route of that address and leave through `forward`,
-so they find their way into a tunnel too. An error quotes the packet from its IP header on, as
-much as fits 576 bytes (RFC 1812 4.3.2.3) or 1280 (RFC 4443 3), and is written into the headroom
-before it. All answers but ARP and ND draw on one token bucket a worker (RFC 1812 4.3.2.8, RFC
-4443 2.4 f): without a token the packet is dropped as rate limited.
+Theory. ARP and ND replies go back out of the port they came from, which is never an uplink. Echo
+replies and ICMP errors are IP packets to the old source: they get the route of that address and
+leave through `forward`, so they find their way into a tunnel too. An echo request with IP options
+or extension headers is left to the node's own stack, which knows what to do with them. An error
+quotes the packet from its IP header on, as much as fits 576 bytes (RFC 1812 4.3.2.3) or 1280 (RFC
+4443 3), and is written into the headroom before it. All answers but ARP and ND draw on one token
+bucket a worker (RFC 1812 4.3.2.8, RFC 4443 2.4 f): without a token the packet is dropped as rate
+limited.
 """
 
 import numpy as np
@@ -20,6 +22,7 @@ from dataplane.kernels.batch import (
     FLAG_DF,
     FLAG_FRAGMENT,
     FLAG_LOCAL,
+    FLAG_OPTIONS,
     KIND_ARP,
     KIND_IP4,
     KIND_IP6,
@@ -68,18 +71,23 @@ ZERO = np.uint64(0)
 
 @inline
 def _token(b, t):
-    """Take a token from the worker's bucket; False when it is empty."""
+    """Take a token from the worker's bucket; False when it is empty. Rate 0: there are none."""
     rate = np.int64(t.node[0].error_rate)
     most = np.int64(t.node[0].error_burst) * 1000
     passed = b.now_ns[0] - t.buckets[BUCKET_TIME]
-    t.buckets[BUCKET_TIME] = b.now_ns[0]
-    if passed > 60_000_000_000 or passed < 0:
-        passed = 60_000_000_000  # keeps the product in range; a minute fills any bucket
-    tokens = t.buckets[BUCKET_TOKENS] + passed * rate // 1_000_000
-    if passed * rate % 1_000_000 and tokens < most:
-        t.buckets[BUCKET_TIME] -= passed * rate % 1_000_000 // (rate if rate > 0 else 1)
-    if tokens > most:
+    tokens = t.buckets[BUCKET_TOKENS]
+    time = b.now_ns[0]
+    if rate == 0:
+        tokens = 0
+    elif (
+        passed < 0 or passed > most * 1_000_000 // rate
+    ):  # time to fill it: the product is in range
         tokens = most
+    else:
+        tokens += passed * rate // 1_000_000
+        time -= passed * rate % 1_000_000 // rate  # what was not enough for a unit counts next time
+        tokens = tokens if tokens < most else most
+    t.buckets[BUCKET_TIME] = time
     if tokens < 1000:
         t.buckets[BUCKET_TOKENS] = tokens
         t.buckets[BUCKET_DENIED] += 1
@@ -129,7 +137,7 @@ def _answer_arp(b, t, i):
         store8(at + wire.ARP_TARGET_MAC + n, load8(at + wire.ARP_SENDER_MAC + n))
     _store_mac(at + wire.ARP_SENDER_MAC, t)
     store32be(at + wire.ARP_SENDER_IP, target)
-    _send_back(b, i, b.total[i], ANSWERED_ARP)
+    _send_back(b, i, wire.ETHER_LENGTH + wire.ARP_LENGTH, ANSWERED_ARP)
 
 
 @inline
@@ -190,7 +198,7 @@ def _return_to_source(b, t, i, from_hi, from_lo):
 
 @inline
 def _is_echo(b, i):
-    if b.flags[i] & FLAG_FRAGMENT:
+    if b.flags[i] & (FLAG_FRAGMENT | FLAG_OPTIONS):
         return False
     at = b.address[i] + b.l4[i]
     if b.kind[i] == KIND_IP4:
@@ -208,7 +216,7 @@ def _answer_echo(b, t, i):
     check = load16be(icmp + wire.ICMP_CHECKSUM)
     if b.kind[i] == KIND_IP4:
         # Type 8 -> 0: the checksum grows by what the sum loses. Addresses change places.
-        store16be(icmp, wire.ICMP_ECHO_REPLY << 8)
+        store8(icmp, wire.ICMP_ECHO_REPLY)
         store16be(icmp + wire.ICMP_CHECKSUM, fold16(check + (wire.ICMP_ECHO << 8)))
         store32be(at + wire.IP4_SOURCE, np.int64(b.target_lo[i]))
         store32be(at + wire.IP4_TARGET, np.int64(b.source_lo[i]))
@@ -217,7 +225,7 @@ def _answer_echo(b, t, i):
         header = b.l4[i] - b.l3[i]
         store16be(at + wire.IP4_CHECKSUM, ~fold16(sum16(at, header)) & 0xFFFF)
     else:
-        store16be(icmp, wire.ICMP6_ECHO_REPLY << 8)
+        store8(icmp, wire.ICMP6_ECHO_REPLY)
         store16be(icmp + wire.ICMP_CHECKSUM, fold16(check + 0xFEFF))  # 0x8000 -> 0x8100
         store64be(at + wire.IP6_SOURCE, b.target_hi[i])
         store64be(at + wire.IP6_SOURCE + 8, b.target_lo[i])
@@ -251,7 +259,7 @@ def _error4(b, t, i):
     router = np.int64(t.node[0].router4)
     store16be(at, (0x45 << 8) | TOS_CONTROL)
     store16be(at + wire.IP4_TOTAL, total)
-    store32be(at + wire.IP4_ID, 0)
+    store32be(at + wire.IP4_ID, wire.IP4_DF)  # atomic: its identification means nothing, RFC 6864
     store16be(at + wire.IP4_TTL, (TTL << 8) | wire.ICMP)
     store16be(at + wire.IP4_CHECKSUM, 0)
     store32be(at + wire.IP4_SOURCE, router)

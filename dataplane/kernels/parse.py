@@ -4,8 +4,10 @@ Rule: after this stage every later kernel may read what the columns promise with
 packet that lies about a length never gets that far.
 
 Theory. All headers must lie within the first segment. Lengths that a header claims must fit in what
-came; padding behind the IP packet is allowed (Ethernet pads to 60 bytes) and forgotten. IPv4 header
-checksums are verified (RFC 1812 5.2.2). Fragments have ports only in the first one; a first TCP
+came; padding behind the IP packet is allowed (Ethernet pads to 60 bytes) and forgotten, but not in
+a packet of several segments, which needs none. IPv4 header checksums are verified (RFC 1812 5.2.2).
+Addresses that never leave a host or link are refused (RFC 1122 3.2.1.3, RFC 4291 2.5). Fragments
+have ports only in the first one, and none in their hash, so that all take one way; a first TCP
 fragment that does not hold the flags is an attack on filters (RFC 1858) and invalid. An IPv6 chain
 may have EXTENSIONS_MAX headers; routing type 0 is refused (RFC 5095).
 """
@@ -43,6 +45,7 @@ from xdp.abi import value
 INVALID_PACKET = value("REASON_INVALID_PACKET")
 INVALID_SOURCE = value("REASON_INVALID_SOURCE_IP")
 INVALID_EXTENSION = value("REASON_INVALID_EXTENSION")
+UNKNOWN_TARGET = value("REASON_UNKNOWN_TARGET")
 L3_CHECKSUM = value("REASON_L3_CHECKSUM")
 UNSUPPORTED_L2 = value("REASON_UNSUPPORTED_L2")
 UNSUPPORTED_L3 = value("REASON_UNSUPPORTED_L3")
@@ -53,6 +56,10 @@ MIX_A = np.uint64(0x9E3779B97F4A7C15)
 MIX_B = np.uint64(0xC2B2AE3D27D4EB4F)
 MIX_C = np.uint64(0xD6E8FEB86659FD93)
 SHIFT = np.uint64(32)
+TOP8 = np.uint64(56)
+TOP10 = np.uint64(54)
+MULTICAST = np.uint64(0xFF)  # ff00::/8
+LINK_LOCAL = np.uint64(0x3FA)  # fe80::/10
 ZERO = np.uint64(0)
 
 
@@ -64,126 +71,146 @@ def drop(b, i, reason):
 
 
 @inline
-def flow_hash(b, i):
-    """Mix addresses, protocol and ports into 64 bits (multiply and xor-shift)."""
-    h = (b.source_lo[i] ^ (b.source_hi[i] * MIX_B)) * MIX_A
+def _mix(source_hi, source_lo, target_hi, target_lo, word):
+    """Mix four address halves and a word of protocol and ports into 64 bits."""
+    h = (source_lo ^ (source_hi * MIX_B)) * MIX_A
     h ^= h >> SHIFT
-    h = (h ^ b.target_lo[i] ^ (b.target_hi[i] * MIX_C)) * MIX_B
+    h = (h ^ target_lo ^ (target_hi * MIX_C)) * MIX_B
     h ^= h >> SHIFT
-    ports = (b.source_port[i] << 32) | (b.target_port[i] << 8) | b.protocol[i]
-    h = (h ^ np.uint64(ports)) * MIX_C
+    h = (h ^ np.uint64(word)) * MIX_C
     return h ^ (h >> SHIFT)
 
 
 @inline
-def _ports(b, i, at, room, protocol):
-    """Ports or the echo identifier of the transport at `at`; 0 and a drop when it is malformed."""
-    if protocol == wire.TCP:
-        size = (load8(at + wire.TCP_OFFSET) >> 4) * 4 if room >= wire.TCP_LENGTH else 0
-        if size < wire.TCP_LENGTH or size > room:
-            drop(b, i, INVALID_PACKET)
-            return
-    elif protocol == wire.UDP:
-        size = load16be(at + wire.UDP_LENGTH_FIELD) if room >= wire.UDP_LENGTH else 0
-        if size < wire.UDP_LENGTH or (size > room and not b.flags[i] & FLAG_FRAGMENT):
-            drop(b, i, INVALID_PACKET)
-            return
-    elif protocol == wire.SCTP:
-        if room < wire.SCTP_LENGTH:
-            drop(b, i, INVALID_PACKET)
-            return
-    elif protocol == wire.ICMP or protocol == wire.ICMP6:
-        if room < wire.ICMP_LENGTH:
-            drop(b, i, INVALID_PACKET)
-            return
-        kind = load8(at)
-        if protocol == wire.ICMP:
-            if 3 <= kind <= 5 or kind == 11 or kind == 12:
-                b.flags[i] |= FLAG_ICMP_ERROR
-            echo = kind == wire.ICMP_ECHO or kind == wire.ICMP_ECHO_REPLY
-        else:
-            if kind < 128 or kind == 137:
-                b.flags[i] |= FLAG_ICMP_ERROR
-            echo = kind == wire.ICMP6_ECHO or kind == wire.ICMP6_ECHO_REPLY
-        b.source_port[i] = load16be(at + wire.ICMP_REST) if echo else 0
-        b.target_port[i] = 0
+def flow_hash(b, i):
+    """Hash of packet i by its columns, as parse computes it."""
+    word = b.protocol[i]
+    if not b.flags[i] & FLAG_FRAGMENT:
+        word |= (b.source_port[i] << 32) | (b.target_port[i] << 8)
+    return _mix(b.source_hi[i], b.source_lo[i], b.target_hi[i], b.target_lo[i], word)
+
+
+@inline
+def _settle(b, i, ports):
+    """Store ports and flow hash; ports: source << 16 | target, negative: malformed, dropped."""
+    if ports < 0:
+        drop(b, i, INVALID_PACKET)
         return
+    b.source_port[i] = ports >> 16
+    b.target_port[i] = ports & 0xFFFF
+    b.hash[i] = flow_hash(b, i)
+
+
+@inline
+def _icmp(b, i, at, protocol):
+    """Ports word of ICMP or ICMPv6: the identifier of an echo; flags errors."""
+    kind = load8(at)
+    if protocol == wire.ICMP:
+        error = 3 <= kind <= 5 or kind == 11 or kind == 12
+        echo = kind == wire.ICMP_ECHO or kind == wire.ICMP_ECHO_REPLY
     else:
-        return
-    b.source_port[i] = load16be(at)
-    b.target_port[i] = load16be(at + 2)
+        error = kind < 128 or kind == 137
+        echo = kind == wire.ICMP6_ECHO or kind == wire.ICMP6_ECHO_REPLY
+    if error:
+        b.flags[i] |= FLAG_ICMP_ERROR
+    return load16be(at + wire.ICMP_REST) << 16 if echo else 0
 
 
 @inline
-def _reach(b, i):
-    """Bytes of packet i that headers may use: its first segment."""
-    return b.length[i] if b.length[i] < b.total[i] else b.total[i]
+def _ports(b, i, at, room, protocol, whole):
+    """Ports word of the transport at `at`, -1 when it is malformed.
+
+    room: bytes of it that came in the first segment. whole: bytes of it that the IP packet holds,
+    or more in a fragment.
+    """
+    if protocol == wire.UDP:
+        if room < wire.UDP_LENGTH:
+            return -1
+        size = load16be(at + wire.UDP_LENGTH_FIELD)
+        return load32be(at) if wire.UDP_LENGTH <= size <= whole else -1
+    if protocol == wire.TCP:
+        if room < wire.TCP_LENGTH:
+            return -1
+        size = (load8(at + wire.TCP_OFFSET) >> 4) * 4
+        return load32be(at) if wire.TCP_LENGTH <= size <= room else -1
+    if protocol == wire.SCTP:
+        return load32be(at) if room >= wire.SCTP_LENGTH else -1
+    if protocol == wire.ICMP or protocol == wire.ICMP6:
+        return _icmp(b, i, at, protocol) if room >= wire.ICMP_LENGTH else -1
+    return 0
 
 
 @inline
-def _ip4(b, i):
-    l3 = b.l3[i]
-    at = b.address[i] + l3
-    reach = _reach(b, i)
-    if reach < l3 + wire.IP4_LENGTH:
+def _fills(b, i, end):
+    """True when an IP packet that ends at `end` is all there, with no more than padding behind."""
+    if b.total[i] > b.length[i]:
+        return end == b.total[i]
+    return end <= b.total[i]
+
+
+@inline
+def _ip4(b, i, at, reach):
+    """IPv4 header at `at`; reach: bytes from there that headers may use."""
+    if reach < wire.IP4_LENGTH:
         drop(b, i, INVALID_PACKET)
         return
     first = load8(at)
     header = (first & 15) * 4
     total = load16be(at + wire.IP4_TOTAL)
-    if (
-        first >> 4 != 4
-        or header < wire.IP4_LENGTH
-        or total < header
-        or l3 + total > b.total[i]
-        or l3 + header > reach
-    ):
+    if first >> 4 != 4 or header < wire.IP4_LENGTH or header > total or header > reach:
         drop(b, i, INVALID_PACKET)
         return
-    if fold16(sum16(at, header)) != 0xFFFF:
+    if not _fills(b, i, wire.ETHER_LENGTH + total):
+        drop(b, i, INVALID_PACKET)
+        return
+    source = load32be(at + wire.IP4_SOURCE)
+    target = load32be(at + wire.IP4_TARGET)
+    check = load32be(at) + load32be(at + 4) + load32be(at + 8) + source + target
+    flags = b.flags[i]
+    if header > wire.IP4_LENGTH:
+        flags |= FLAG_OPTIONS
+        check += sum16(at + wire.IP4_LENGTH, header - wire.IP4_LENGTH)
+    if fold16(check) != 0xFFFF:
         drop(b, i, L3_CHECKSUM)
         return
+    protocol = load8(at + wire.IP4_PROTOCOL)
     b.kind[i] = KIND_IP4
     b.ip_length[i] = total
     b.tos[i] = load8(at + wire.IP4_TOS)
     b.ttl[i] = load8(at + wire.IP4_TTL)
-    protocol = load8(at + wire.IP4_PROTOCOL)
     b.protocol[i] = protocol
-    source = load32be(at + wire.IP4_SOURCE)
-    target = load32be(at + wire.IP4_TARGET)
     b.source_hi[i] = ZERO
     b.source_lo[i] = np.uint64(source)
     b.target_hi[i] = ZERO
     b.target_lo[i] = np.uint64(target)
-    b.l4[i] = l3 + header
+    b.l4[i] = wire.ETHER_LENGTH + header
     if source >> 28 >= 14 or source >> 24 == 127 or source >> 24 == 0:
         drop(b, i, INVALID_SOURCE)
         return
-    flags = b.flags[i]
+    if target >> 24 == 127 or target >> 24 == 0:
+        drop(b, i, UNKNOWN_TARGET)
+        return
     if target >> 28 >= 14:
         flags |= FLAG_MULTICAST
-    if header > wire.IP4_LENGTH:
-        flags |= FLAG_OPTIONS
     word = load16be(at + wire.IP4_FRAGMENT)
     if word & wire.IP4_DF:
         flags |= FLAG_DF
-    offset = (word & wire.IP4_OFFSET) * 8
+    room = total - header
+    whole = room
+    offset = 0
     if word & (wire.IP4_MF | wire.IP4_OFFSET):
         flags |= FLAG_FRAGMENT
-        if offset + total - header > 65535 or (offset == 8 and protocol == wire.TCP):
+        whole = 65535
+        offset = (word & wire.IP4_OFFSET) * 8
+        if offset:
+            flags |= FLAG_LATER_FRAGMENT
+        if offset + room > 65535 or (offset == 8 and protocol == wire.TCP):
             drop(b, i, INVALID_PACKET)
             return
     b.flags[i] = flags
-    if offset:
-        b.flags[i] = flags | FLAG_LATER_FRAGMENT
-        return
-    room = total - header
-    if room > reach - b.l4[i]:
-        room = reach - b.l4[i] if protocol != wire.UDP else room
-        if reach - b.l4[i] < wire.UDP_LENGTH:
-            drop(b, i, INVALID_PACKET)
-            return
-    _ports(b, i, at + header, room, protocol)
+    if room > reach - header:
+        room = reach - header
+    _settle(b, i, 0 if offset else _ports(b, i, at + header, room, protocol, whole))
 
 
 @inline
@@ -232,49 +259,63 @@ def _extensions(b, i, at, end, protocol):
 
 
 @inline
-def _ip6(b, i):
-    l3 = b.l3[i]
-    at = b.address[i] + l3
-    reach = _reach(b, i)
-    if reach < l3 + wire.IP6_LENGTH:
+def _stays_inside(hi, lo):
+    """True for ::, ::1 and ::ffff:0:0/96, which are never on the wire (RFC 4291 2.5, RFC 4942)."""
+    return hi == ZERO and (lo <= np.uint64(1) or lo >> SHIFT == np.uint64(0xFFFF))
+
+
+@inline
+def _ip6(b, i, at, reach):
+    """IPv6 header at `at`; reach: bytes from there that headers may use."""
+    if reach < wire.IP6_LENGTH:
         drop(b, i, INVALID_PACKET)
         return
     word = load32be(at)
     total = load16be(at + wire.IP6_PAYLOAD) + wire.IP6_LENGTH
-    if word >> 28 != 6 or l3 + total > b.total[i]:
+    if word >> 28 != 6 or not _fills(b, i, wire.ETHER_LENGTH + total):
         drop(b, i, INVALID_PACKET)
         return
+    source_hi = load64be(at + wire.IP6_SOURCE)
+    source_lo = load64be(at + wire.IP6_SOURCE + 8)
+    target_hi = load64be(at + wire.IP6_TARGET)
+    target_lo = load64be(at + wire.IP6_TARGET + 8)
     b.kind[i] = KIND_IP6
     b.ip_length[i] = total
     b.tos[i] = (word >> 20) & 0xFF
     b.ttl[i] = load8(at + wire.IP6_HOPS)
-    source_hi = load64be(at + wire.IP6_SOURCE)
-    source_lo = load64be(at + wire.IP6_SOURCE + 8)
-    target_hi = load64be(at + wire.IP6_TARGET)
     b.source_hi[i] = source_hi
     b.source_lo[i] = source_lo
     b.target_hi[i] = target_hi
-    b.target_lo[i] = load64be(at + wire.IP6_TARGET + 8)
-    b.flags[i] |= FLAG_DF
-    if target_hi >> np.uint64(56) == np.uint64(0xFF):
-        b.flags[i] |= FLAG_MULTICAST
-    mapped = source_hi == ZERO and source_lo >> SHIFT == np.uint64(0xFFFF)
-    loopback = source_hi == ZERO and source_lo == np.uint64(1)
-    if source_hi >> np.uint64(56) == np.uint64(0xFF) or mapped or loopback:
+    b.target_lo[i] = target_lo
+    unspecified = source_hi == ZERO and source_lo == ZERO  # duplicate address detection
+    if source_hi >> TOP8 == MULTICAST or (_stays_inside(source_hi, source_lo) and not unspecified):
         drop(b, i, INVALID_SOURCE)
         return
-    end = b.address[i] + (l3 + total if l3 + total < reach else reach)
+    if _stays_inside(target_hi, target_lo) or target_hi >> TOP10 == LINK_LOCAL:
+        drop(b, i, UNKNOWN_TARGET)
+        return
+    b.flags[i] |= FLAG_DF
+    if target_hi >> TOP8 == MULTICAST:
+        b.flags[i] |= FLAG_MULTICAST
+    if reach > total:
+        reach = total
     protocol = load8(at + wire.IP6_NEXT)
-    offset = _extensions(b, i, at + wire.IP6_LENGTH, end, protocol)
-    if offset != 0:
+    offset = _extensions(b, i, at + wire.IP6_LENGTH, at + reach, protocol)
+    if offset < 0:
         return
-    room = l3 + total - b.l4[i]
-    if b.protocol[i] != wire.UDP and room > reach - b.l4[i]:
-        room = reach - b.l4[i]
-    if room > reach - b.l4[i] and reach - b.l4[i] < wire.UDP_LENGTH:
+    header = b.l4[i] - wire.ETHER_LENGTH
+    whole = 65535 if b.flags[i] & FLAG_FRAGMENT else total - header
+    l4 = at + header
+    _settle(b, i, 0 if offset else _ports(b, i, l4, reach - header, b.protocol[i], whole))
+
+
+@inline
+def _arp(b, i, at, reach):
+    """ARP packet at `at`: IPv4 over Ethernet, or invalid."""
+    if reach >= wire.ARP_LENGTH and load32be(at) == 0x00010800 and load16be(at + 4) == 0x0604:
+        b.kind[i] = KIND_ARP
+    else:
         drop(b, i, INVALID_PACKET)
-        return
-    _ports(b, i, b.address[i] + b.l4[i], room, b.protocol[i])
 
 
 @inline
@@ -286,28 +327,22 @@ def parse_one(b, i):
     b.protocol[i] = 0
     b.hash[i] = ZERO
     b.l3[i] = wire.ETHER_LENGTH
-    if _reach(b, i) < wire.ETHER_LENGTH:
+    reach = b.length[i] - wire.ETHER_LENGTH
+    if reach < 0:
         drop(b, i, INVALID_PACKET)
         return
     if load8(at) & 1:
         b.flags[i] |= FLAG_L2_MULTICAST
     kind = load16be(at + wire.ETHER_TYPE)
     if kind == wire.TYPE_IP4:
-        _ip4(b, i)
-        b.hash[i] = flow_hash(b, i)
+        _ip4(b, i, at + wire.ETHER_LENGTH, reach)
     elif kind == wire.TYPE_IP6:
-        _ip6(b, i)
-        b.hash[i] = flow_hash(b, i)
+        _ip6(b, i, at + wire.ETHER_LENGTH, reach)
     elif kind == wire.TYPE_ARP:
-        arp = at + wire.ETHER_LENGTH
-        whole = _reach(b, i) >= wire.ETHER_LENGTH + wire.ARP_LENGTH
-        if whole and load32be(arp) == 0x00010800 and load16be(arp + 4) == 0x0604:
-            b.kind[i] = KIND_ARP
-        else:
-            drop(b, i, INVALID_PACKET)
+        _arp(b, i, at + wire.ETHER_LENGTH, reach)
     elif kind == wire.TYPE_VLAN or kind == wire.TYPE_QINQ:
         drop(b, i, VLAN)
-    elif kind < 1536:
+    elif kind < wire.TYPE_LEAST:
         drop(b, i, UNSUPPORTED_L2)
     else:
         drop(b, i, UNSUPPORTED_L3)
@@ -315,7 +350,7 @@ def parse_one(b, i):
 
 @kernel
 def parse(b):
-    """Parse every pending packet of the vector. About 8 ns a packet for UDP."""
+    """Parse every pending packet of the vector. About 12 ns a packet for UDP."""
     count = b.count[0]
     for i in range(count):
         if i + AHEAD < count:

@@ -3,10 +3,12 @@
 Rule: whatever comes in, each packet ends as sent or dropped with a known reason, inside its
 frame, and nothing outside its frame is written.
 
-Theory. The vector is built by numpy from a corpus of valid frames (tests/strategies.py) and
-random bytes: each frame is cut to a random length and has random bytes overwritten, mostly in its
-headers. All stages run (loop.process). Between vectors the invariants are checked with numpy, so
-that ten million frames take about a minute. A failure prints the seed and the frame.
+Theory. The vector is built by numpy from a corpus of valid frames (tests/strategies.py, and what
+the node answers) and random bytes: each frame is cut to a random length and has random bytes
+overwritten, mostly in its headers; of some only a first segment is in the frame. Tunnel packets
+come mostly from the uplink, else they would not be opened. All stages run (loop.process). Between
+vectors the invariants are checked with numpy, so that ten million frames take minutes. A failure
+prints the seed and the frame.
 """
 
 import argparse
@@ -17,19 +19,38 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from scapy.all import ARP, ICMP, IP, TCP, UDP, Ether, IPv6, Raw, raw
+from scapy.layers.inet6 import ICMPv6EchoRequest, ICMPv6ND_NS, ICMPv6NDOptSrcLLAddr
 
 from dataplane.engine import loop
 from dataplane.kernels.batch import VERDICT_DROP, VERDICT_SEND
-from tests.worlds import FILL, HEADROOM, STRIDE, UPLINK, World
+from tests.worlds import (
+    FAR4,
+    FAR6,
+    FILL,
+    GATEWAY_MAC,
+    HEADROOM,
+    POD4,
+    POD6,
+    POD_A,
+    POD_MACS,
+    ROUTER4,
+    ROUTER6,
+    STRIDE,
+    UPLINK,
+    World,
+)
 from xdp.abi import CONST, REASON_TEXT, value
 
 VECTOR = CONST["VECTOR_MAX"]
 LONGEST = 256
 PORTS_USED = 4
+L2 = Ether(src=POD_MACS[POD_A].hex(":"), dst=GATEWAY_MAC.hex(":"))
+RATE = 100_000  # answers a second; a vector takes a millisecond, so some are refused
 
 
-def corpus(world: World) -> list[bytes]:
-    """Return valid frames of every kind, tunnel packets among them."""
+def corpus(world: World) -> tuple[list[bytes], list[bytes]]:
+    """Return valid frames of every kind, and tunnel packets that node 2 sends."""
     from hypothesis import HealthCheck, Phase, given, seed, settings
 
     from tests.strategies import valid
@@ -51,14 +72,47 @@ def corpus(world: World) -> list[bytes]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gather()
-    sent = [world.one(1, frame) for frame in found]
-    tunnelled = [result.frame[:LONGEST] for result in sent if result.egress == UPLINK]
-    return found + [_returned(frame) for frame in tunnelled]
+    return found + _controls(), _tunnelled(world) if world.tunnel else []
+
+
+def _controls() -> list[bytes]:
+    """Return what the node answers: ARP, neighbour solicitations, pings; often, to be chosen."""
+    four = IP(src=str(POD4[POD_A]), dst=str(ROUTER4))
+    six = IPv6(src=str(POD6[POD_A]), dst=str(ROUTER6))
+    packets = [
+        ARP(hwsrc=L2.src, psrc=four.src, pdst=four.dst),
+        six / ICMPv6ND_NS(tgt=six.dst) / ICMPv6NDOptSrcLLAddr(lladdr=L2.src),
+        four / ICMP(id=1) / Raw(bytes(range(56))),
+        six / ICMPv6EchoRequest(data=bytes(range(56))),
+    ]
+    return [raw(L2 / packet) for packet in packets] * 10
+
+
+def _tunnelled(world: World) -> list[bytes]:
+    """Return what node 2 sends through the tunnel to pod A; often, to be chosen."""
+    found = []
+    for ip in (
+        IP(src=str(POD4[POD_A]), dst=str(FAR4[9])),
+        IPv6(src=str(POD6[POD_A]), dst=str(FAR6[9])),
+    ):
+        for packet in (UDP(sport=9, dport=53), TCP(sport=9, dport=80), ICMP(), Raw(bytes(40))):
+            result = world.one(POD_A, raw(L2 / ip / packet / Raw(b"data")))
+            assert result.sent
+            found.append(_returned(result.frame))
+    return found * 20
+
+
+def _swapped(frame: bytes, at: int) -> bytes:
+    """Exchange the addresses of the IP packet at `at`; checksums stay right."""
+    first, size = (at + 12, 4) if frame[at] >> 4 == 4 else (at + 8, 16)
+    second, end = first + size, first + 2 * size
+    return frame[:first] + frame[second:end] + frame[first:second] + frame[end:]
 
 
 def _returned(frame: bytes) -> bytes:
-    """A tunnel packet of ours as node 2 would send one: addresses swapped, sums kept."""
-    return frame[:26] + frame[30:34] + frame[26:30] + frame[34:]
+    """A tunnel packet of ours as node 2 would send it back."""
+    inner = 14 + (20 if frame[14] >> 4 == 4 else 40) + 8 + 8 + 14
+    return _swapped(_swapped(frame, 14), inner)
 
 
 class Fuzzer:
@@ -68,7 +122,9 @@ class Fuzzer:
         """seed: of numpy's generator; the same seed gives the same frames."""
         self.world = world
         self.random = np.random.default_rng(seed)
-        frames = corpus(world)
+        plain, tunnelled = corpus(world)
+        frames = plain + tunnelled
+        self.from_uplink = np.arange(len(frames)) >= len(plain)
         self.frames = np.zeros((len(frames), LONGEST), np.uint8)
         self.lengths = np.array([len(frame) for frame in frames])
         for row, frame in zip(self.frames, frames, strict=True):
@@ -85,7 +141,8 @@ class Fuzzer:
         where = random.random((VECTOR, LONGEST)) < random.choice([0.0, 0.005, 0.05, 1.0])
         where[:, 64:] &= random.random() < 0.3
         data = np.where(where, noise, data)
-        cut = random.random(VECTOR) < 0.3
+        totals = np.where(random.random(VECTOR) < 0.15, lengths, 0)
+        cut = (random.random(VECTOR) < 0.3) | (totals > 0)
         lengths[cut] = random.integers(0, LONGEST + 1, int(cut.sum()))
         self.area[:] = FILL
         body = self.area[:, HEADROOM : HEADROOM + LONGEST]
@@ -98,10 +155,14 @@ class Fuzzer:
         b.now_ns[0] = self.world.now
         b.frame[:] = base
         b.address[:] = self.world.area.ctypes.data + base + HEADROOM
-        b.length[:] = b.total[:] = lengths
-        b.ingress[:] = random.integers(0, PORTS_USED, VECTOR)
+        b.length[:] = lengths
+        b.total[:] = np.maximum(lengths, totals)
+        b.segments[:] = b.total > b.length
+        ports = random.integers(0, PORTS_USED, VECTOR)
+        outside = self.from_uplink[chosen] & (random.random(VECTOR) < 0.9)
+        b.ingress[:] = np.where(outside, UPLINK, ports)
         b.egress[:] = -1
-        for column in (b.segments, b.verdict, b.reason, b.kind, b.flags, b.adjacency):
+        for column in (b.verdict, b.reason, b.kind, b.flags, b.adjacency):
             column[:] = 0
         return lengths
 
@@ -151,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     seen: dict[int, int] = {}
     for number, (tunnel, underlay) in enumerate(worlds):
         with tempfile.TemporaryDirectory(prefix="penstock-fuzz-") as folder:
-            fuzzer = Fuzzer(World(Path(folder), tunnel, underlay), options.seed + number)
+            fuzzer = Fuzzer(World(Path(folder), tunnel, underlay, RATE), options.seed + number)
             try:
                 fuzzer.run(options.frames // len(worlds))
             except AssertionError as error:

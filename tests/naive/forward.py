@@ -27,8 +27,9 @@ def flow_hash(found: dict) -> int:
     mixed ^= mixed >> 32
     mixed = (mixed ^ (target & MASK64) ^ ((target >> 64) * c & MASK64)) * b & MASK64
     mixed ^= mixed >> 32
-    ports = found["ports"][0] << 32 | found["ports"][1] << 8 | found["protocol"]
-    mixed = (mixed ^ ports) * c & MASK64
+    source_port, target_port = (0, 0) if found["fragment"] else found["ports"]
+    word = source_port << 32 | target_port << 8 | found["protocol"]
+    mixed = (mixed ^ word) * c & MASK64
     return mixed ^ (mixed >> 32)
 
 

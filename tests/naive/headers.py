@@ -10,7 +10,7 @@ import struct
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
 EXTENSIONS = {0, 43, 60, 135}
-MAPPED = IPv6Network("::ffff:0:0/96")
+INSIDE = [IPv6Network("::/128"), IPv6Network("::1/128"), IPv6Network("::ffff:0:0/96")]
 
 
 class Refused(Exception):
@@ -59,6 +59,8 @@ def parse4(packet: bytes) -> dict:
     source, target = IPv4Address(packet[12:16]), IPv4Address(packet[16:20])
     if int(source) >> 28 >= 14 or int(source) >> 24 in (0, 127):
         raise Refused("INVALID_SOURCE_IP")
+    if int(target) >> 24 in (0, 127):
+        raise Refused("UNKNOWN_TARGET")
     offset = (word & 0x1FFF) * 8
     fragment = bool(word & 0x3FFF)
     protocol = packet[9]
@@ -90,8 +92,10 @@ def parse6(packet: bytes) -> dict:
     if word >> 28 != 6 or 40 + payload > len(packet):
         raise Refused("INVALID_PACKET")
     source, target = IPv6Address(packet[8:24]), IPv6Address(packet[24:40])
-    if source.is_multicast or source in MAPPED or source.is_loopback:
+    if source.is_multicast or (int(source) and any(source in net for net in INSIDE)):
         raise Refused("INVALID_SOURCE_IP")
+    if target.is_link_local or any(target in net for net in INSIDE):
+        raise Refused("UNKNOWN_TARGET")
     found = {
         "kind": 6,
         "source": int(source),

@@ -24,6 +24,8 @@ MAC = w.GATEWAY_MAC.hex(":")
 A = w.POD_MACS[POD_A].hex(":")
 A4, B4, A6, B6 = str(w.POD4[POD_A]), str(w.POD4[POD_B]), str(w.POD6[POD_A]), str(w.POD6[POD_B])
 FAR4, FAR6 = "10.1.2.9", "fd00:1:2::9"
+# Scapy asks the network for a MAC that it is not given.
+INNER = Ether(src=w.REMOTE_MAC.hex(":"), dst=MAC)
 
 
 def ether(dst=MAC, src=A):
@@ -124,7 +126,7 @@ def outer(world, inner, vni=w.VNI, flags=0x08, dport=None, tos=0, source=None):
 
 
 def arriving(target=A4, source=FAR4, tos=0):
-    return Ether() / IP(src=source, dst=target, tos=tos) / UDP(sport=7, dport=8) / Raw(b"z" * 40)
+    return INNER / IP(src=source, dst=target, tos=tos) / UDP(sport=7, dport=8) / Raw(b"z" * 40)
 
 
 @pytest.mark.parametrize("underlay", [4, 6])
@@ -148,7 +150,7 @@ def test_tunnel_packets_reach_the_pod(worlds, tunnel, underlay):
         (lambda x: outer(x, arriving(), source="192.0.2.77"), "REASON_INVALID_SOURCE_IP"),
         (lambda x: outer(x, arriving(source="198.51.100.1")), "REASON_INVALID_SOURCE_IP"),
         (lambda x: outer(x, ARP()), "REASON_UNSUPPORTED_L2"),
-        (lambda x: outer(x, Ether() / ARP()), "REASON_UNSUPPORTED_L3"),
+        (lambda x: outer(x, INNER / ARP()), "REASON_UNSUPPORTED_L3"),
         (lambda x: outer(x, arriving())[:60], "REASON_INVALID_PACKET"),
         (lambda x: outer(x, arriving(target=FAR4)), "REASON_UNROUTABLE"),
         (lambda x: outer(x, arriving(), tos=3), "REASON_INVALID_TUNNEL"),
@@ -229,9 +231,9 @@ def test_direct_routing_leaves_packets_as_they_are(worlds):
     got = Ether(result.frame)
     assert (result.egress, got.dst) == (UPLINK, w.NEIGHBOUR_MAC.hex(":"))
     assert (got[IP].src, got[IP].dst, got[IP].ttl) == (A4, FAR4, 63)
-    back = raw(Ether() / IP(src=FAR4, dst=A4) / UDP() / Raw(b"e"))
+    back = raw(INNER / IP(src=FAR4, dst=A4) / UDP() / Raw(b"e"))
     assert world.one(UPLINK, back).egress == POD_A
-    forged = raw(Ether() / IP(src=B4, dst=A4) / UDP())
+    forged = raw(INNER / IP(src=B4, dst=A4) / UDP())
     assert world.one(UPLINK, forged).reason == value("REASON_INVALID_SOURCE_IP")
 
 
@@ -358,7 +360,7 @@ def test_no_error_about_an_error_or_a_later_fragment(world, packet):
 
 
 def test_errors_for_a_remote_pod_go_back_through_the_tunnel(world):
-    inner = Ether() / IP(src=FAR4, dst="10.1.1.99") / UDP() / Raw(b"t")
+    inner = INNER / IP(src=FAR4, dst="10.1.1.99") / UDP() / Raw(b"t")
     result = world.one(UPLINK, outer(world, inner))
     got = Ether(result.frame)
     assert (result.egress, got[IP].dst) == (UPLINK, str(w.REMOTE4))
