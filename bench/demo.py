@@ -2,8 +2,8 @@
 
 Rule: whatever happens, the machine is left as it was; `--once` exits non-zero if a check failed.
 
-Theory. The nodes are network namespaces on a veth underlay that behaves as a wire. Ping and curl
-run side by side; iperf3 alone, since it measures. A transfer within a node is larger than one
+Theory. The nodes are network namespaces on a veth underlay that behaves as a wire. Pings
+run side by side, then transfers by curl, which fill queues; iperf3 alone, since it measures. A transfer within a node is larger than one
 across, so that each takes about as long.
 """
 
@@ -73,10 +73,14 @@ class Pair:
             where = f"{self.source.name} -> {self.target.name}, IPv{family}"
             self.errors.append(f"{where}, {check.__name__}: {one_line}")
 
-    def reach(self) -> None:
-        """Ping and fetch in both families."""
+    def echo(self) -> None:
+        """Ping in both families."""
         for family in self.target.addresses:
             self.attempt(family, self.ping, checks.ping)
+
+    def load(self) -> None:
+        """Fetch the page in both families."""
+        for family in self.target.addresses:
             self.attempt(family, self.fetch, checks.curl, self.target.servers)
 
     def measure(self) -> None:
@@ -120,10 +124,11 @@ def check(places: list[Place], progress: Progress) -> list[Pair]:
         for target in places
         if source is not target and (source.is_pod or target.is_pod)
     ]
-    task = progress.add_task("ping and curl, IPv4 and IPv6", total=len(pairs))
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for _ in pool.map(Pair.reach, pairs):
-            progress.update(task, advance=1)
+    for title, step in (("ping, IPv4 and IPv6", Pair.echo), ("curl, IPv4 and IPv6", Pair.load)):
+        task = progress.add_task(title, total=len(pairs))
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for _ in pool.map(step, pairs):
+                progress.update(task, advance=1)
     streams = [pair for pair in pairs if pair.source.is_pod and pair.target.is_pod]
     task = progress.add_task("iperf3, IPv4 and IPv6", total=len(streams))
     for pair in streams:
