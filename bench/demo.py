@@ -2,9 +2,9 @@
 
 Rule: whatever happens, the machine is left as it was; `--once` exits non-zero if a check failed.
 
-Theory. The nodes are network namespaces on a veth underlay that behaves as a wire. Pings
-run side by side, then transfers by curl, which fill queues; iperf3 alone, since it measures. A transfer within a node is larger than one
-across, so that each takes about as long.
+Theory. The nodes are network namespaces on a veth underlay that behaves as a wire. Pings run side
+by side, then transfers by curl, which fill queues; iperf3 alone, since it measures. A transfer
+within a node is larger than one across, so that each takes about as long.
 """
 
 import argparse
