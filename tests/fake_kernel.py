@@ -54,7 +54,7 @@ class FakeXsk:
 
     def __init__(self, area: np.ndarray, fd: int, size: int = 64) -> None:
         self.area = area
-        self.fd = fd
+        self.fd = self.tx_fd = fd
         self.rx, self.tx = FakeRing(size, 16), FakeRing(size, 16)
         self.fill, self.completion = FakeRing(size, 8), FakeRing(size, 8)
 

@@ -6,7 +6,8 @@ addresses.
 Theory. Documentation/networking/af_xdp.rst, net/xdp/xsk.c. Every socket registers the same area
 as its own UMEM (decision 2). Binding asks for zero-copy where the device may have it, multi-
 buffer and need-wakeup, and gives up one after the other: what was reached stands in `zero_copy`,
-`sg`, `need_wakeup`, `tx_budget`, `busy_poll`. Copy-mode transmit takes one skb a descriptor,
+`sg`, `need_wakeup`, `tx_budget`, `busy_poll`. Receiving and transmitting are two sockets over one
+pool (decision 5): `fd` is waited on, `tx_fd` never. Copy-mode transmit takes one skb a descriptor,
 charged to the socket, 32 a call: so the send buffer and the budget are raised to a whole ring. The
 kernel frees a closed socket's queue a little later (xp_release_deferred), so EBUSY is waited out.
 """
@@ -28,7 +29,7 @@ MMAP_OFFSETS, RX_RING, TX_RING, UMEM_REG, FILL_RING, COMPLETION_RING = 1, 2, 3, 
 STATISTICS = 7
 MAX_TX_SKB_BUDGET = 9  # since 6.17
 UNALIGNED = 1  # XDP_UMEM_UNALIGNED_CHUNK_FLAG
-BIND_COPY, BIND_ZEROCOPY, BIND_NEED_WAKEUP, BIND_SG = 2, 4, 8, 16
+BIND_SHARED, BIND_COPY, BIND_ZEROCOPY, BIND_NEED_WAKEUP, BIND_SG = 1, 2, 4, 8, 16
 PAGE_OFFSETS = {
     "rx": 0,
     "tx": 0x80000000,
@@ -62,7 +63,7 @@ class Ring:
 
 
 class Xsk:
-    """A bound AF_XDP socket."""
+    """A bound pair of AF_XDP sockets: `fd` receives and is waited on, `tx_fd` transmits."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class Xsk:
                 raise ValueError(f"ring of {size} descriptors: a power of two up to {RING_MOST}")
         self.ifindex, self.queue = ifindex, queue
         self.zero_copy = self.sg = self.need_wakeup = False
-        self._socket: socket.socket | None = None
+        self._sockets: list[socket.socket] = []
         self._mapped: list[tuple[int, int]] = []
         self._where = f"AF_XDP socket on ifindex {ifindex} queue {queue}"
         tries = [True, False] if zero_copy is None else [zero_copy]
@@ -91,39 +92,46 @@ class Xsk:
         try:
             self._open(umem, ring_size, fill_size)
             self._bind_best(combinations, need_wakeup)
+            self._bind(self.tx_fd, BIND_SHARED, self.fd, "transmit")
             self._tune(ring_size, busy_poll_us)
         except BaseException:
             self.close()
             raise
 
     def _open(self, umem: Umem, ring_size: int, fill_size: int) -> None:
-        try:
-            self._socket = socket.socket(AF_XDP, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-        except OSError as error:
-            raise KernelError("socket(AF_XDP)", error.errno or errno.EPERM) from error
-        self.fd = self._socket.fileno()
+        self.fd, self.tx_fd = self._socket(), self._socket()
         # struct xdp_umem_reg: address, length, chunk_size, headroom, flags, tx_metadata_len
         reg = struct.pack("=QQIIII", umem.address, umem.size, CONST["FRAME_SIZE"], 0, UNALIGNED, 0)
         call = f"{self._where}: XDP_UMEM_REG({umem.size} bytes)"
         libc.set_option(self.fd, SOL_XDP, UMEM_REG, reg, call)
-        sizes = {"rx": ring_size, "tx": ring_size, "fill": fill_size, "completion": ring_size}
-        options = {"rx": RX_RING, "tx": TX_RING, "fill": FILL_RING, "completion": COMPLETION_RING}
-        for name, size in sizes.items():
-            call = f"{self._where}: {name} ring of {size}"
-            libc.set_option(self.fd, SOL_XDP, options[name], struct.pack("=I", size), call)
-        raw = libc.get_option(self.fd, SOL_XDP, MMAP_OFFSETS, 128, f"{self._where}: offsets")
-        offsets = struct.unpack("=16Q", raw)  # rx, tx, fill, completion; each four words
-        places = dict(zip(("rx", "tx", "fill", "completion"), range(0, 16, 4), strict=True))
-        self.rx, self.tx, self.fill, self.completion = (
-            self._map(name, sizes[name], offsets[places[name] : places[name] + 4])
-            for name in ("rx", "tx", "fill", "completion")
+        self.rx, self.fill, self.completion, self.tx = (
+            self._ring("rx", self.fd, RX_RING, ring_size),
+            self._ring("fill", self.fd, FILL_RING, fill_size),
+            self._ring("completion", self.fd, COMPLETION_RING, ring_size),
+            self._ring("tx", self.tx_fd, TX_RING, ring_size),
         )
 
-    def _map(self, name: str, size: int, offsets: tuple[int, ...]) -> Ring:
+    def _socket(self) -> int:
+        try:
+            made = socket.socket(AF_XDP, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        except OSError as error:
+            raise KernelError("socket(AF_XDP)", error.errno or errno.EPERM) from error
+        self._sockets.append(made)
+        return made.fileno()
+
+    def _ring(self, name: str, fd: int, option: int, size: int) -> Ring:
+        call = f"{self._where}: {name} ring of {size}"
+        libc.set_option(fd, SOL_XDP, option, struct.pack("=I", size), call)
+        raw = libc.get_option(fd, SOL_XDP, MMAP_OFFSETS, 128, f"{self._where}: offsets")
+        offsets = struct.unpack("=16Q", raw)  # rx, tx, fill, completion; each four words
+        first = list(PAGE_OFFSETS).index(name) * 4
+        return self._map(name, fd, size, offsets[first : first + 4])
+
+    def _map(self, name: str, fd: int, size: int, offsets: tuple[int, ...]) -> Ring:
         producer, consumer, descriptors, flags = offsets
         width = 16 if name in ("rx", "tx") else 8
         length = descriptors + size * width
-        where = libc.mmap(length, libc.MAP_SHARED | libc.MAP_POPULATE, self.fd, PAGE_OFFSETS[name])
+        where = libc.mmap(length, libc.MAP_SHARED | libc.MAP_POPULATE, fd, PAGE_OFFSETS[name])
         self._mapped.append((where, length))
         return Ring(where + producer, where + consumer, where + flags, where + descriptors, size)
 
@@ -132,8 +140,13 @@ class Xsk:
         deadline = time.monotonic() + BUSY_S
         left = list(combinations)
         while True:
+            zero_copy, sg = left[0]
+            flags = BIND_ZEROCOPY if zero_copy else BIND_COPY
+            flags |= (BIND_SG if sg else 0) | (BIND_NEED_WAKEUP if need_wakeup else 0)
             try:
-                return self._bind(*left[0], need_wakeup)
+                self._bind(self.fd, flags, 0, "zero-copy" if zero_copy else "copy")
+                self.zero_copy, self.sg, self.need_wakeup = zero_copy, sg, need_wakeup
+                return
             except KernelError as error:
                 if error.errno == errno.EBUSY and time.monotonic() < deadline:
                     time.sleep(0.002)
@@ -142,31 +155,27 @@ class Xsk:
                 else:
                     raise
 
-    def _bind(self, zero_copy: bool, sg: bool, need_wakeup: bool) -> None:
-        flags = BIND_ZEROCOPY if zero_copy else BIND_COPY
-        flags |= (BIND_SG if sg else 0) | (BIND_NEED_WAKEUP if need_wakeup else 0)
+    def _bind(self, fd: int, flags: int, shared_fd: int, mode: str) -> None:
         # struct sockaddr_xdp: family, flags, ifindex, queue, shared fd
-        address = struct.pack("=HHIII", AF_XDP, flags, self.ifindex, self.queue, 0)
-        mode = "zero-copy" if zero_copy else "copy"
-        libc.check(libc.lib.bind(self.fd, address, len(address)), f"{self._where}: bind ({mode})")
-        self.zero_copy, self.sg, self.need_wakeup = zero_copy, sg, need_wakeup
+        address = struct.pack("=HHIII", AF_XDP, flags, self.ifindex, self.queue, shared_fd)
+        libc.check(libc.lib.bind(fd, address, len(address)), f"{self._where}: bind ({mode})")
 
     def _tune(self, ring_size: int, busy_poll_us: int) -> None:
         """Options that only make it faster: a kernel without one goes on without."""
         wanted = [
-            (socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER),
-            (SOL_XDP, MAX_TX_SKB_BUDGET, ring_size),
+            (self.tx_fd, socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER),
+            (self.tx_fd, SOL_XDP, MAX_TX_SKB_BUDGET, ring_size),
         ]
         if busy_poll_us:
             wanted += [
-                (socket.SOL_SOCKET, SO_PREFER_BUSY_POLL, 1),
-                (socket.SOL_SOCKET, SO_BUSY_POLL, busy_poll_us),
-                (socket.SOL_SOCKET, SO_BUSY_POLL_BUDGET, 64),
+                (self.fd, socket.SOL_SOCKET, SO_PREFER_BUSY_POLL, 1),
+                (self.fd, socket.SOL_SOCKET, SO_BUSY_POLL, busy_poll_us),
+                (self.fd, socket.SOL_SOCKET, SO_BUSY_POLL_BUDGET, 64),
             ]
         self.tx_budget, self.busy_poll = 32, busy_poll_us > 0
-        for level, name, number in wanted:
+        for fd, level, name, number in wanted:
             try:
-                libc.set_option(self.fd, level, name, struct.pack("=i", number), "tune")
+                libc.set_option(fd, level, name, struct.pack("=i", number), "tune")
             except KernelError:
                 self.busy_poll &= name in (SO_SNDBUFFORCE, MAX_TX_SKB_BUDGET)
                 continue
@@ -174,14 +183,19 @@ class Xsk:
                 self.tx_budget = number
 
     def statistics(self) -> dict[str, int]:
-        """Return the kernel's counters of this socket (struct xdp_statistics)."""
-        raw = libc.get_option(self.fd, SOL_XDP, STATISTICS, 48, f"{self._where}: statistics")
-        return dict(zip(STATISTIC_NAMES, struct.unpack(f"={len(raw) // 8}Q", raw), strict=False))
+        """Return the kernel's counters of both sockets (struct xdp_statistics)."""
+        found = {}
+        for fd, mine in ((self.fd, "rx"), (self.tx_fd, "tx")):
+            raw = libc.get_option(fd, SOL_XDP, STATISTICS, 48, f"{self._where}: statistics")
+            counts = zip(STATISTIC_NAMES, struct.unpack(f"={len(raw) // 8}Q", raw), strict=False)
+            found.update({name: count for name, count in counts if name.startswith(mine)})
+        return found
 
     def close(self) -> None:
-        """Unmap the rings and close the socket; twice is fine."""
+        """Unmap the rings and close the sockets; twice is fine."""
         for address, length in self._mapped:
             libc.munmap(address, length)
         self._mapped.clear()
-        if self._socket is not None:
-            self._socket.close()
+        for one in reversed(self._sockets):
+            one.close()
+        self._sockets.clear()

@@ -50,7 +50,14 @@ REASON_PORT_GONE = value("REASON_PORT_GONE")
 
 _RINGS = ("rx", "tx", "fill", "completion")
 SOCK = np.dtype(
-    [("state", "i8"), ("fd", "i8"), ("port", "i8"), ("pending", "i8"), ("errors", "i8")]
+    [
+        ("state", "i8"),
+        ("fd", "i8"),
+        ("tx_fd", "i8"),
+        ("port", "i8"),
+        ("pending", "i8"),
+        ("errors", "i8"),
+    ]
     + [(f"{ring}_{word}", "i8") for ring in _RINGS for word in ("producer", "consumer")]
     + [(f"{ring}_descriptors", "i8") for ring in _RINGS]
     + [(f"{ring}_size", "i8") for ring in _RINGS]
@@ -252,7 +259,7 @@ def kick(r, s, stats):
     if sock.tx_flags and not (load32(sock.tx_flags) & NEED_WAKEUP):
         return
     stats[0] += 1
-    if sendto(sock.fd, 0, 0, DONT_WAIT, 0, 0) < 0:
+    if sendto(sock.tx_fd, 0, 0, DONT_WAIT, 0, 0) < 0:
         stats[1] += 1
         # EAGAIN (budget, completion ring full) and EBUSY pass: try again. A device that is down or
         # gone does not: after a few refusals wait for the next packet instead of spinning.

@@ -119,7 +119,7 @@ class Worker:
         sock = self.rings.socks[index]
         for name in self.rings.socks.dtype.names or ():
             sock[name] = 0
-        sock["fd"], sock["port"] = xsk.fd, port
+        sock["fd"], sock["tx_fd"], sock["port"] = xsk.fd, xsk.tx_fd, port
         for name in _RINGS:
             ring = getattr(xsk, name)
             sock[f"{name}_producer"] = ring.producer

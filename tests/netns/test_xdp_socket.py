@@ -180,7 +180,7 @@ def test_busy_polling_is_taken_where_the_kernel_has_it(stack):
     rings = socket_of(stack, umem_of(stack), wire_of(stack), busy_poll_us=20)
     if not rings.xsk.busy_poll:
         pytest.skip("no SO_PREFER_BUSY_POLL: needs Linux 5.11")
-    with rings.opened() as opened:
+    with rings.opened(rings.xsk.fd) as opened:
         assert opened.getsockopt(socket.SOL_SOCKET, xsk.SO_BUSY_POLL) == 20
         assert opened.getsockopt(socket.SOL_SOCKET, xsk.SO_PREFER_BUSY_POLL) == 1
 

@@ -164,12 +164,12 @@ class Rings:
         self.kick()
 
     def kick(self) -> None:
-        with self.opened() as opened:
+        with self.opened(self.xsk.tx_fd) as opened:
             opened.send(b"", socket.MSG_DONTWAIT)
 
-    def opened(self) -> socket.socket:
-        """A second handle of the socket; AF_XDP has no getsockname to guess the family from."""
-        return socket.socket(AF_XDP, socket.SOCK_RAW, 0, fileno=os.dup(self.xsk.fd))
+    def opened(self, fd: int) -> socket.socket:
+        """A second handle of a socket; AF_XDP has no getsockname to guess the family from."""
+        return socket.socket(AF_XDP, socket.SOCK_RAW, 0, fileno=os.dup(fd))
 
     def completed(self, count: int) -> list[int]:
         assert eventually(lambda: self.completion.level() >= count), self.completion.level()
