@@ -22,7 +22,8 @@ from dataplane.control.model import (
     Neighbour,
     Route,
 )
-from dataplane.control.objects import Node, Objects
+from dataplane.objects.collect import Objects
+from dataplane.objects.core import Node
 
 UPLINK_MAC = bytes.fromhex("0c0000000001")
 NEIGHBOUR_MAC = bytes.fromhex("0c0000000002")

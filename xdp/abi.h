@@ -16,7 +16,7 @@
 #ifndef PENSTOCK_ABI_H
 #define PENSTOCK_ABI_H
 
-#define ABI_VERSION 1
+#define ABI_VERSION 2
 
 /* --- limits ------------------------------------------------------------------------------- */
 
@@ -37,7 +37,46 @@
 #define REASONS_MAX 256
 #define PREFIXES_MAX 16          /* pod prefixes of this node that the uplink steers */
 #define LOCALS_MAX 32            /* addresses of this node that the tunnel may arrive at */
-#define STAGES_MAX 12
+#define STAGES_MAX 16
+
+/* Identity and policy */
+#define PEERS_MAX 1048576        /* distinct values that addresses map to */
+#define IPCACHE4_GROUPS 65536    /* as FIB4_GROUPS */
+#define IPCACHE6_SLOTS 1048576   /* open addressing, half a million prefixes and room */
+#define IDENTITIES_MAX 65536     /* cluster-wide identities that a table maps to peers */
+#define POLICIES_MAX 4096        /* policy rows; 0 closed, 1 open */
+#define POLICY_SLOTS 2097152     /* policy entries of all rows, open addressing */
+#define POLICY_ENTRIES_MOST 1258291 /* entries that are accepted: 60 % of the slots */
+#define POLICY_PROBES_MAX 64     /* slots a lookup may touch; the writer refuses a longer run */
+#define POLICY_ANY_PROTOCOL 255  /* reserved by IANA */
+#define POLICY_ALLOW 1           /* verdict word: action, bits 0-1 */
+#define POLICY_DENY 2
+#define POLICY_ACTION_MASK 3
+#define POLICY_ANSWER_SHIFT 2    /* bits 2-3: enum refusal */
+#define POLICY_LOG 16            /* bit 4: the rule asks for a log line */
+#define POLICY_RULE_SHIFT 8      /* bits 8-31: number of the rule, 0: no rule */
+#define POLICY_DEPTH_ANY 17      /* bit of struct policy's depths: entries of any protocol */
+
+/* Services */
+#define FRONTEND_SLOTS 524288    /* open addressing */
+#define FRONTEND_PROBES_MAX 64
+#define SERVICES_MAX 131072      /* rows; 0 is none */
+#define BACKENDS_MAX 524288      /* rows; 0 is none */
+#define BACKEND_LISTS 4194304    /* words: rows of backends, list after list */
+#define MAGLEV_WORDS 33554432    /* words: rows of backends, table after table */
+#define SOURCE_RANGES_MAX 65536
+#define AFFINITY_SLOTS 262144    /* sets of AFFINITY_WAYS */
+#define AFFINITY_WAYS 4
+
+/* Connections */
+#define CONNECTIONS_MOST 8388608     /* records */
+#define CONNECTION_SLOTS 33554432    /* words of the index: four a record, half of them used */
+#define CONNECTIONS_LEAST 1024
+#define INDEX_WAYS 8                 /* words of a bucket: one cache line */
+#define TICK_SHIFT 24                /* a tick is 2**24 ns, 16.8 ms */
+#define NAT_PROTOCOLS 4              /* rows of the port tables: TCP, UDP, SCTP, ICMP identifiers */
+#define EXHAUSTED_MAX 1024           /* destinations a worker whose ports ran out, direct-mapped */
+#define TIMEOUTS_MAX 16              /* by enum connection_state */
 
 #define FRAME_SIZE 4096          /* chunk as the kernel knows it: a page */
 #define FRAME_STRIDE 4160        /* distance of chunks: a page and a cache line, see decision 3 */
@@ -46,6 +85,30 @@
 #define MTU_MAX 65000            /* largest IP packet on a pod's veth */
 
 /* --- enumerations ------------------------------------------------------------------------- */
+
+#define NODE_IDENTITY_VNI 1       /* the VNI carries the identity of the source */
+#define NODE_REJECT 2             /* a service without backends answers (ICMP, TCP reset) */
+#define NODE_POLICY_HAIRPIN 4     /* policy also judges what a service sends back to its sender */
+
+#define PEER_HOST 1               /* struct peer: an address of this node */
+#define PEER_REMOTE_NODE 2        /* of another node */
+#define PEER_POD 4                /* of a pod */
+#define PEER_KEEP_SOURCE 8        /* packets to it are not masqueraded */
+
+#define POLICY_AUDIT 1            /* struct policy: what would be denied passes, and is counted */
+
+#define CONNECTION_FLAG_NAT_SOURCE 1   /* the original direction's source is translated */
+#define CONNECTION_FLAG_NAT_TARGET 2   /* and its target */
+#define CONNECTION_FLAG_DENIED 4       /* a change of policy has ended it: `refusal` says by what */
+#define CONNECTION_FLAG_AUDITED 8      /* passes by audit only */
+#define CONNECTION_FLAG_PORT_TAKEN 16  /* its NAT port is counted in nat_ports */
+#define CONNECTION_FLAG_HAIRPIN 32     /* a service sends it back to its sender */
+#define CONNECTION_FLAG_OUTSIDE 64     /* came from outside the cluster */
+
+#define SERVICE_CLUSTER_IP 1      /* struct service: from outside the cluster: REASON_IS_CLUSTER_IP */
+#define SERVICE_KEEP_SOURCE 2     /* from outside: the client's address is kept (traffic policy Local) */
+#define SERVICE_ADDRESS 4         /* names the address alone (port 0): echo is answered, the rest refused */
+#define SERVICE_HOST_PORT 8       /* a pod's hostPort */
 
 enum port_kind {
   PORT_NONE = 0,
@@ -76,6 +139,66 @@ enum tunnel_kind {
   TUNNEL_GENEVE = 2,             /* RFC 8926 */
 };
 
+/* Numeric identities: Cilium's reserved ones (pkg/identity/numericidentity.go). Identities of label
+ * sets are IDENTITY_CLUSTER_FIRST.. when CiliumIdentity objects allocate them, IDENTITY_HASHED_FIRST..
+ * when they follow from the labels; IDENTITY_CIDR_FIRST.. are this node's own, for CIDRs. */
+enum identity {
+  IDENTITY_UNKNOWN = 0,
+  IDENTITY_HOST = 1,
+  IDENTITY_WORLD = 2,
+  IDENTITY_UNMANAGED = 3,
+  IDENTITY_HEALTH = 4,
+  IDENTITY_INIT = 5,
+  IDENTITY_REMOTE_NODE = 6,
+  IDENTITY_KUBE_APISERVER = 7,
+  IDENTITY_INGRESS = 8,
+  IDENTITY_WORLD_IPV4 = 9,
+  IDENTITY_WORLD_IPV6 = 10,
+  IDENTITY_CLUSTER_FIRST = 256,
+  IDENTITY_HASHED_FIRST = 65536,
+  IDENTITY_CIDR_FIRST = 16777216,
+};
+
+/* How a denied packet is answered (struct policy_entry, struct policy). */
+enum refusal {
+  REFUSAL_DROP = 0,              /* not at all */
+  REFUSAL_ICMP = 1,              /* ICMP or ICMPv6 administratively prohibited */
+  REFUSAL_RESET = 2,             /* TCP reset; others as REFUSAL_ICMP */
+};
+
+enum backend_state {
+  BACKEND_EMPTY = 0,
+  BACKEND_ACTIVE = 1,
+  BACKEND_TERMINATING = 2,       /* keeps its connections, gets new ones only when all terminate */
+};
+
+enum slot_state {
+  SLOT_EMPTY = 0,                /* ends a run of probes */
+  SLOT_USED = 1,
+  SLOT_DELETED = 2,
+};
+
+/* Life of a record of struct connection. */
+enum record_owner {
+  RECORD_FREE = 0,
+  RECORD_CLAIMED = 1,            /* being made or taken apart by one thread */
+  RECORD_LIVE = 2,
+};
+
+/* What is known of a connection; index of node.timeout_s. Order: what goes first when the table is
+ * full comes first, established ones come last. */
+enum connection_state {
+  CONNECTION_CLOSED = 0,         /* TCP reset, or both sides have closed; SCTP abort, shutdown done */
+  CONNECTION_SYN_SENT = 1,       /* TCP: opened by one side only */
+  CONNECTION_INIT = 2,           /* SCTP: the same */
+  CONNECTION_UNREPLIED = 3,      /* UDP, other: one direction seen */
+  CONNECTION_ICMP = 4,           /* ICMP and ICMPv6 queries */
+  CONNECTION_SYN_RECEIVED = 5,   /* TCP: answered, not confirmed */
+  CONNECTION_CLOSING = 6,        /* TCP: one side has closed; SCTP: shutdown */
+  CONNECTION_REPLIED = 7,        /* UDP, other: both directions seen */
+  CONNECTION_ESTABLISHED = 8,    /* TCP, SCTP */
+};
+
 enum direction {
   DIRECTION_INGRESS = 0,         /* towards a pod or the node */
   DIRECTION_EGRESS = 1,          /* from a pod or the node */
@@ -88,27 +211,39 @@ enum reason {
   REASON_FORWARDED = 0,          /* Forwarded */
   REASON_ANSWERED_ARP = 16,      /* ARP request answered */
   REASON_ANSWERED_ND = 17,       /* Neighbour solicitation answered */
-  REASON_ANSWERED_ECHO = 18,     /* Echo request to the gateway answered */
+  REASON_ANSWERED_ECHO = 18,     /* Echo request to the gateway or a service answered */
+  REASON_AUDITED = 19,           /* Forwarded, policy audit would have denied */
+  REASON_HELD = 20,              /* Fragment held until the first one arrives */
   REASON_INVALID_SOURCE_IP = 132,          /* Invalid source ip */
   REASON_POLICY_DENIED = 133,              /* Policy denied */
   REASON_INVALID_PACKET = 134,             /* Invalid packet */
+  REASON_CT_INVALID = 135,                 /* CT: Truncated or invalid header */
   REASON_FRAGMENTATION_NEEDED = 136,       /* Fragmentation needed */
   REASON_UNSUPPORTED_L3 = 139,             /* Unsupported L3 protocol */
   REASON_UNKNOWN_L4 = 142,                 /* Unknown L4 protocol */
   REASON_UNKNOWN_TARGET = 150,             /* Unknown L3 target address */
   REASON_UNROUTABLE = 151,                 /* Stale or unroutable IP */
   REASON_L3_CHECKSUM = 153,                /* Error while correcting L3 checksum */
+  REASON_CT_INSERTION_FAILED = 155,        /* CT: Map insertion failed */
   REASON_INVALID_EXTENSION = 156,          /* Invalid IPv6 extension header */
+  REASON_NO_BACKEND = 158,                 /* Service backend not found */
   REASON_NO_TUNNEL = 160,                  /* No tunnel/encapsulation endpoint (datapath BUG!) */
   REASON_UNSUPPORTED_L2 = 166,             /* Unsupported L2 protocol */
+  REASON_NO_NAT_MAPPING = 167,             /* No mapping for NAT masquerade */
+  REASON_NAT_UNSUPPORTED = 168,            /* Unsupported protocol for NAT masquerade */
   REASON_FIB_FAILED = 169,                 /* FIB lookup failed */
   REASON_ENCAPSULATION_PROHIBITED = 170,   /* Encapsulation traffic is prohibited */
   REASON_UNKNOWN_SENDER = 172,             /* Unknown sender */
+  REASON_IS_CLUSTER_IP = 174,              /* Is a ClusterIP */
+  REASON_FRAGMENT_NOT_FOUND = 175,         /* First logical datagram fragment not found */
+  REASON_SOURCE_RANGE = 177,               /* Denied by LB src range check */
+  REASON_POLICY_DENIED_BY_RULE = 181,      /* Policy denied by denylist */
   REASON_VLAN = 182,                       /* VLAN traffic disallowed by VLAN filter */
   REASON_WRONG_VNI = 183,                  /* Incorrect VNI from VTEP */
   REASON_TTL_EXCEEDED = 196,               /* TTL exceeded */
   REASON_RATE_LIMITED = 198,               /* Rate limited */
   REASON_MULTICAST = 201,                  /* Multicast handled */
+  REASON_ENDPOINT_NOT_READY = 203,         /* Endpoint policy program not available */
   REASON_INVALID_TUNNEL = 240,             /* Malformed tunnel header */
   REASON_CRITICAL_OPTION = 241,            /* Unknown critical Geneve option */
   REASON_TRANSMIT_FULL = 242,              /* Transmit ring full */
@@ -120,12 +255,15 @@ enum stage {
   STAGE_RECEIVE = 0,
   STAGE_PARSE = 1,
   STAGE_ADMIT = 2,
-  STAGE_ROUTE = 3,
-  STAGE_JUDGE = 4,
-  STAGE_ANSWER = 5,
-  STAGE_FORWARD = 6,
-  STAGE_ACCOUNT = 7,
-  STAGE_TRANSMIT = 8,
+  STAGE_TRACK = 3,
+  STAGE_CONNECT = 4,
+  STAGE_ROUTE = 5,
+  STAGE_JUDGE = 6,
+  STAGE_ANSWER = 7,
+  STAGE_TRANSLATE = 8,
+  STAGE_FORWARD = 9,
+  STAGE_ACCOUNT = 10,
+  STAGE_TRANSMIT = 11,
 };
 
 /* --- XDP program <-> forwarder ------------------------------------------------------------ */
@@ -176,6 +314,17 @@ struct node {
   __u32 frame_count;             /* UMEM frames; read once */
   __u32 spin_us;                 /* idle time before a worker sleeps in poll(2) */
   __u32 watchdog_ms;             /* heartbeat timeout of the steering map; 0: never */
+  __u32 flags;                   /* NODE_* */
+  __u32 connections;             /* records that may be used, a power of two; read once */
+  __u32 timeout_s[16];           /* by enum connection_state */
+  __u32 nat_first;               /* first source port for masquerading */
+  __u32 nat_count;               /* and how many; 0: only ports that are kept */
+  __u64 masquerade4;             /* source of masqueraded packets; 0: this family is not masqueraded */
+  __u64 masquerade6_hi;
+  __u64 masquerade6_lo;
+  __u64 loopback4;               /* source of a packet that a service sends back to its own sender */
+  __u64 loopback6_hi;
+  __u64 loopback6_lo;
 };
 
 /* Row i: port i. Written by the agent; the forwarder opens and closes sockets to follow it. */
@@ -228,7 +377,174 @@ struct fib6_entry {
 struct control {
   __u64 generation;              /* incremented after every change of the tables */
   __u64 ports_generation;        /* incremented after every change of the ports */
+  __u64 judgement;               /* incremented when live connections are to be judged again */
+  __u64 frontends_generation;    /* incremented after every change of what uplinks steer to services */
+  __u64 reserved[4];
+};
+
+/* What an address is: value of the longest prefix in the ipcache. Row 0: not known. */
+struct peer {
+  __u32 identity;
+  __u32 group;                   /* addresses that no rule of any policy tells apart; 0: none matches */
+  __u32 flags;                   /* PEER_* */
+  __u32 reserved;
+};
+
+/* Row i: what port i of the port table is to policy. A row of zeros is closed: nothing passes. */
+struct subject {
+  __u32 identity;
+  __u32 policy;                  /* row of the policy table */
+  __u32 reserved[2];
+};
+
+/* Row i: the policy of one or more local pods. The bits of depths say which entries are worth a
+ * probe: bit d: ports of d leading bits; bit 17: any protocol. otherwise: verdict word when no
+ * entry fits. Row 0 is closed, row 1 is open. */
+struct policy {
+  __u32 ingress_depths;
+  __u32 egress_depths;
+  __u32 ingress_otherwise;
+  __u32 egress_otherwise;
+  __u32 flags;                   /* POLICY_AUDIT */
+  __u32 reserved[3];
+};
+
+/* Open addressing, linear probing. match: protocol << 8 | direction << 7 | depth + 1, where depth is
+ * the number of leading bits of the port that count (0: any port) and direction is enum direction;
+ * 0: empty; 127: deleted. Written last. A chain is (group) or (group 0: any peer). Within a chain
+ * the first hit counts, tried from the longest port prefix down to any port, then any protocol: the
+ * writer folds what shorter ones say into longer ones. Of the two chains' verdicts a deny wins. */
+struct policy_entry {
+  __u64 key;                     /* policy row << 48 | group << 16 | port */
+  __u32 match;
+  __u32 verdict;
+};
+
+/* Open addressing. port 0 and protocol 0: the address itself (SERVICE_ADDRESS). */
+struct frontend {
+  __u64 hi;
+  __u64 lo;
+  __u16 port;
+  __u8 protocol;
+  __u8 state;                    /* enum slot_state, written last */
+  __u32 service;                 /* row of the service table */
+  __u64 reserved;
+};
+
+/* A word offset << 32 | count names a part of another table, so that readers see the old or the
+ * new one. inside: for clients in the cluster (pods, nodes); outside: for all others. */
+struct service {
+  __u64 inside;                  /* part of backend_lists */
+  __u64 outside;
+  __u64 inside_table;            /* part of maglev; 0: a backend by the flow's hash */
+  __u64 outside_table;
+  __u64 sources;                 /* part of source_ranges that may come from outside; 0: all */
+  __u32 flags;                   /* SERVICE_* */
+  __u32 affinity_s;              /* session affinity by client address; 0: none */
+  __u64 reserved[2];
+};
+
+struct backend {
+  __u64 hi;
+  __u64 lo;
+  __u16 port;
+  __u8 protocol;
+  __u8 state;                    /* enum backend_state */
+  __u32 reserved0;
+  __u64 reserved1;
+};
+
+struct source_range {
+  __u64 hi;
+  __u64 lo;
+  __u64 mask_hi;
+  __u64 mask_lo;
+};
+
+/* Set-associative, written by workers: the backend that a client of a service had last. */
+struct affinity {
+  __u64 client_hi;
+  __u64 client_lo;
+  __u32 service;                 /* row, 0: empty */
+  __u32 backend;                 /* row */
+  __u32 last;                    /* ticks */
+  __u32 reserved;
+};
+
+/* --- connections: shared by all workers, kept over restarts ---------------------------------- */
+
+/* connection_index: words tag << 32 | record << 1 | direction, plus 2; 0 empty, 1 deleted. tag: upper
+ * half of the flow hash; bucket: lower bits. direction 0: original, 1: reply.
+ *
+ * Three cache lines: the tuple of the original direction as it was received, the tuple of a reply as
+ * it will be received (so the two say all that NAT has to do), and what changes with each packet.
+ * word: source port << 48 | target port << 32 | protocol << 8 | family (4 or 6). */
+struct connection {
+  __u64 source_hi;
+  __u64 source_lo;
+  __u64 target_hi;
+  __u64 target_lo;
+  __u64 word;
+  __u32 egress_rule;             /* verdict words that let it pass; 0: no policy */
+  __u32 source_identity;
+  __u32 created;                 /* ticks */
+  __u16 port;                    /* where its first packet came from */
+  __u16 reserved0;
+  __u32 service;                 /* row of the service it was opened through; 0: none */
+  __u32 backend;                 /* and of its backend */
+
+  __u64 reply_source_hi;
+  __u64 reply_source_lo;
+  __u64 reply_target_hi;
+  __u64 reply_target_lo;
+  __u64 reply_word;
+  __u32 ingress_rule;
+  __u32 target_identity;
+  __u32 hash;                    /* lower half of the original direction's flow hash */
+  __u32 reply_hash;
+  __u64 reserved1;
+
+  __u32 owner;                   /* enum record_owner, changed by compare-and-swap */
+  __u32 generation;              /* of the policies by which it was judged */
+  __u8 state;                    /* enum connection_state */
+  __u8 flags;                    /* CONNECTION_FLAG_* */
+  __u8 tcp_original;             /* TCP flags seen in each direction */
+  __u8 tcp_reply;
+  __u32 refusal;                 /* verdict word, with CONNECTION_FLAG_DENIED */
+  __u32 last_original;           /* ticks; a free record: when it was freed */
+  __u32 last_reply;
+  __u64 packets_original;
+  __u64 packets_reply;
+  __u64 bytes_original;
+  __u64 bytes_reply;
+  __u64 reserved2;
+};
+
+/* What a worker did about connections; the last row is the sweeper's. */
+struct track_counter {
+  __u64 created;
+  __u64 expired;                 /* idle too long, or closed */
+  __u64 evicted;                 /* to make room */
+  __u64 refused;                 /* no room: REASON_CT_INSERTION_FAILED */
+  __u64 rejudged;                /* live connections judged again after a change */
+  __u64 cut;                     /* of these denied */
+  __u64 nat_exhausted;
+  __u64 fragments_held;
+  __u64 fragments_lost;          /* their first one did not come in time, or the buffer was full */
+  __u64 limit;                   /* records that the worker's hand goes over */
   __u64 reserved[6];
+};
+
+/* A destination towards which no source port was left. Direct-mapped by hash. */
+struct exhausted {
+  __u64 hi;
+  __u64 lo;
+  __u64 count;
+  __u64 last_ns;                 /* CLOCK_MONOTONIC */
+  __u16 port;
+  __u8 protocol;
+  __u8 reserved0;
+  __u32 reserved1;
 };
 
 /* --- forwarder -> everyone: counters -------------------------------------------------------- */
@@ -257,13 +573,13 @@ struct worker_stats {
   __u64 heartbeat_ns;            /* CLOCK_MONOTONIC */
   __u64 sampled_steps;           /* steps whose stages were timed */
   __u64 sampled_packets;
-  __u64 stage_ns[12];            /* sums over the sampled steps, by enum stage */
+  __u64 stage_ns[16];            /* sums over the sampled steps, by enum stage */
   __u64 free_frames;
   __u64 tid;
   __u64 reserved[2];
 };
 
-/* Direct-mapped by the hash of the flow: a newer flow takes the place of an older one. */
+/* What was dropped lately. Direct-mapped by the hash of the flow: a newer one takes the place. */
 struct flow {
   __u64 source_hi;
   __u64 source_lo;
@@ -278,6 +594,10 @@ struct flow {
   __u16 ingress_port;
   __u16 egress_port;
   __u32 hash;
+  __u32 verdict;                 /* verdict word of the policy that dropped it, 0: none */
+  __u32 source_identity;
+  __u32 destination_identity;
+  __u32 reserved1;
   __u64 packets;
   __u64 bytes;
   __u64 last_ns;                 /* CLOCK_MONOTONIC */

@@ -17,6 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 DEFAULT_PATH = Path("/etc/penstock/config.yaml")
 TUNNEL_PORTS = {"vxlan": 8472, "geneve": 6081}  # Cilium's defaults; IANA's VXLAN port is 4789
+EXCLUDED = (
+    "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "192.0.0.0/24",
+    "192.0.2.0/24", "192.88.99.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
+    "240.0.0.0/4", "169.254.0.0/16", "fe80::/10",
+)  # fmt: skip
 
 
 class ConfigError(Exception):
@@ -62,8 +67,9 @@ class Network(_Section):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         0, description="UDP port of the tunnel; 0: 8472 for vxlan, 6081 for geneve"
     )
-    vni: Annotated[int, Field(ge=0, lt=1 << 24)] = Field(
-        1, description="virtual network identifier"
+    vni: Literal["identity"] | Annotated[int, Field(ge=0, lt=1 << 24)] = Field(
+        "identity",
+        description="virtual network identifier: the sender's identity, or this number always",
     )
     underlay_family: Literal[4, 6] = Field(4, description="IP version of the outer header")
     uplinks: list[str] = Field(
@@ -94,6 +100,11 @@ class Network(_Section):
     def tunnel_port(self) -> int:
         """UDP port of the tunnel, host order."""
         return self.port or TUNNEL_PORTS[self.tunnel]
+
+    @property
+    def fixed_vni(self) -> int:
+        """The VNI of every packet; 0 where it carries the identity instead."""
+        return 0 if self.vni == "identity" else self.vni
 
     @property
     def clusters(self) -> list[IPv4Network | IPv6Network]:
@@ -128,6 +139,96 @@ class ForwarderSection(_Section):
     error_burst: Annotated[int, Field(ge=0, le=1_000_000)] = Field(200, description="and at once")
 
 
+class Policy(_Section):
+    """Network policies."""
+
+    enforcement: Literal["default", "always", "never"] = Field(
+        "default", description="default: pods that a policy selects; always: deny the others"
+    )
+    cidr_match: Literal["kubernetes", "cilium"] = Field(
+        "kubernetes",
+        description="kubernetes: address blocks match pods and nodes too; cilium: only the world",
+    )
+    audit: bool = Field(False, description="let pass what would be denied, and count it")
+    deny_response: Literal["drop", "icmp", "reset"] = Field(
+        "drop", description="answer to denied packets, where the policy does not say"
+    )
+    hairpin: Literal["allow", "enforce"] = Field(
+        "allow", description="whether policies judge a pod that reaches itself through a service"
+    )
+    entries_max: Annotated[int, Field(ge=256, le=1 << 20)] = Field(
+        65536, description="table entries of one pod's policy; more is refused"
+    )
+
+
+class Services(_Section):
+    """Services, as kube-proxy does them."""
+
+    cidrs: list[str] = Field(
+        default_factory=lambda: ["10.96.0.0/12", "fd00:96::/108"],
+        description="addresses of ClusterIPs; this node reaches them through the dataplane",
+    )
+    algorithm: Literal["random", "maglev"] = Field(
+        "random",
+        description="choice of a backend, unless a Service's penstock.io/lb-algorithm says",
+    )
+    maglev_size: Literal[251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071] = Field(
+        16381, description="entries of a Maglev table: 100 times the backends or more"
+    )
+    maglev_seed: str = Field(
+        "JLfvgnHc2kaSUFaI", description="12 bytes in base64, the same on all nodes"
+    )
+    node_ports: Annotated[str, Field(pattern=r"^\d+-\d+$")] = Field(
+        "30000-32767", description="range of NodePorts"
+    )
+    node_port_addresses: list[str] = Field(
+        default_factory=list,
+        description="networks whose addresses serve NodePorts; empty: the InternalIPs",
+    )
+    no_backend: Literal["reject", "drop"] = Field(
+        "reject", description="answer of a service that has no backend"
+    )
+    loopback: list[str] = Field(
+        default_factory=lambda: ["169.254.42.1", "fd00:42::1"],
+        description="what a pod sees as its client when a service leads back to itself",
+    )
+
+
+class Masquerade(_Section):
+    """Source addresses of packets that leave the cluster."""
+
+    ipv4: bool = Field(True, description="replace pods' IPv4 sources by the node's address")
+    ipv6: bool = Field(True, description="and IPv6 sources")
+    exclude: list[str] = Field(
+        default_factory=lambda: list(EXCLUDED),
+        description="destinations that see pods' own addresses (ip-masq-agent's default)",
+    )
+    ports: Annotated[str, Field(pattern=r"^\d+-\d+$")] = Field(
+        "40960-65535", description="source ports; kept out of the node's own ephemeral ports"
+    )
+
+
+class Timeouts(_Section):
+    """Idle time, in seconds, after which a connection is forgotten."""
+
+    tcp_established: int = Field(8000, ge=1, description="RFC 5382 asks for 7440")
+    tcp_syn: int = Field(240, ge=1, description="not yet answered or confirmed; RFC 5382: 240")
+    tcp_closing: int = Field(240, ge=1, description="one side has closed; RFC 5382: 240")
+    tcp_closed: int = Field(10, ge=1, description="both have, or one has reset")
+    udp: int = Field(300, ge=1, description="both directions seen; RFC 4787 recommends 300")
+    udp_unreplied: int = Field(120, ge=1, description="one direction seen; RFC 4787 asks for 120")
+    icmp: int = Field(60, ge=1, description="RFC 5508 asks for 60")
+
+
+class Conntrack(_Section):
+    """Connection tracking."""
+
+    max: Annotated[int, Field(ge=1024, le=1 << 23)] = Field(
+        1 << 19, description="connections, rounded up to a power of two; 230 bytes each in use"
+    )
+    timeouts: Timeouts = Field(default_factory=Timeouts)
+
+
 class Config(_Section):
     """The whole file."""
 
@@ -135,6 +236,10 @@ class Config(_Section):
     network: Network = Field(default_factory=Network)
     source: Source = Field(default_factory=Source)
     forwarder: ForwarderSection = Field(default_factory=ForwarderSection)
+    policy: Policy = Field(default_factory=Policy)
+    services: Services = Field(default_factory=Services)
+    masquerade: Masquerade = Field(default_factory=Masquerade)
+    conntrack: Conntrack = Field(default_factory=Conntrack)
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least level that is logged"
     )

@@ -27,8 +27,10 @@ from dataplane.control.model import (
     Link,
     Tables,
 )
-from dataplane.control.objects import ManifestError, Node, Objects
 from dataplane.control.routing import Underlay
+from dataplane.objects.collect import Objects
+from dataplane.objects.core import Node
+from dataplane.objects.manifest import ManifestError
 from dataplane.tables.errors import TableError
 from dataplane.tables.model import Adjacency, Port, Tunnel
 from xdp.abi import CONST, value
@@ -220,7 +222,7 @@ class _Routes:
                 self.me.underlay,
                 remote,
                 network.tunnel_port,
-                network.vni,
+                network.fixed_vni,
                 self.me.mac,
                 inner_mac,
             ),
@@ -308,7 +310,8 @@ def _tables(
         "tunnel_kind": overlay.TUNNELS[config.network.tunnel] if tunnelled else 0,
         "tunnel_port": config.network.tunnel_port if tunnelled else 0,
         "host_port": host_port,
-        "vni": config.network.vni,
+        "vni": config.network.fixed_vni,
+        "flags": _flags(config),
         "error_rate": options.error_rate,
         "error_burst": options.error_burst,
         "router4": int(me.routers[4]) if 4 in me.routers else 0,
@@ -336,6 +339,15 @@ def _tables(
         locals=tuple(locals_) if tunnelled else (),
         prefixes=() if tunnelled else me.pod_cidrs,
     )
+
+
+def _flags(config: Config) -> int:
+    wanted = {
+        "NODE_IDENTITY_VNI": config.network.vni == "identity",
+        "NODE_REJECT": config.services.no_backend == "reject",
+        "NODE_POLICY_HAIRPIN": config.policy.hairpin == "enforce",
+    }
+    return sum(CONST[name] for name, on in wanted.items() if on)
 
 
 def _view(me: Here, objects: Objects, config: Config) -> dict[str, object]:

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 from watchfiles import awatch
 
-from dataplane.control.objects import ManifestError, Objects, collect
+from dataplane.objects.collect import Objects, collect
+from dataplane.objects.manifest import ManifestError
 
 SUFFIXES = (".yaml", ".yml", ".json")
 STEP_MS = 200  # inotify's batch: an editor writes a file in several steps

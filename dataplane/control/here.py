@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from dataplane.control import overlay
 from dataplane.control.config import Config
 from dataplane.control.model import Actual, Address, Cidr, Link
-from dataplane.control.objects import Node, Objects
+from dataplane.objects.collect import Objects
+from dataplane.objects.core import Node
 from dataplane.tables.model import Port
 from xdp.abi import CONST, value
 

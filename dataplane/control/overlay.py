@@ -10,7 +10,8 @@ Geneve, 8 UDP, and 20 or 40 of IP: 50 or 70 bytes.
 
 import hashlib
 
-from dataplane.control.objects import MAC_ANNOTATION, Address, ManifestError, Node
+from dataplane.objects.core import MAC_ANNOTATION, Node
+from dataplane.objects.manifest import Address, ManifestError
 from xdp.abi import value
 
 OVERHEAD = {4: 50, 6: 70}

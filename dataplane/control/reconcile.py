@@ -29,8 +29,9 @@ from dataplane.control.here import NotReady
 from dataplane.control.kernel.events import Doorbell, Key
 from dataplane.control.kernel.netlink import Kernel, KernelRefused
 from dataplane.control.model import HOST, Actual, Desired, EndpointView, Tables
-from dataplane.control.objects import ManifestError, Objects
 from dataplane.control.plan import Action, plan
+from dataplane.objects.collect import Objects
+from dataplane.objects.manifest import ManifestError
 from dataplane.tables.errors import TableError
 from dataplane.tables.writer import TableWriter
 

@@ -9,7 +9,7 @@ and a change that was missed is made good by the next one.
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from dataplane.control.objects import Objects
+from dataplane.objects.collect import Objects
 
 
 class Source(Protocol):

@@ -30,11 +30,11 @@ from dataplane.control.config import Config
 from dataplane.control.folder import FolderSource
 from dataplane.control.jsonl import RemoteError, Unreachable, acall, serve
 from dataplane.control.model import EndpointView
-from dataplane.control.objects import Objects
 from dataplane.control.reconcile import Reconciler
 from dataplane.control.source import Source
 from dataplane.daemon import views
 from dataplane.daemon.lock import hold
+from dataplane.objects.collect import Objects
 from dataplane.tables.shm import Shm
 from dataplane.tables.writer import TableWriter
 from ipam.errors import IpamError

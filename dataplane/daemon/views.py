@@ -8,7 +8,7 @@ Theory. The command line prints these as tables or passes them through with -o j
 from typing import Any
 
 from dataplane.cni.endpoints import Endpoint
-from dataplane.control.objects import Node
+from dataplane.objects.core import Node
 
 
 def endpoint(one: Endpoint) -> dict[str, Any]:

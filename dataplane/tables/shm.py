@@ -43,6 +43,27 @@ ARRAYS = MappingProxyType(
         "fib6": (DTYPE["fib6_entry"], (CONST["FIB6_SLOTS"],)),
         "fib6_lengths": (np.dtype("<u8"), (4,)),
         "control": (DTYPE["control"], (1,)),
+        "peers": (DTYPE["peer"], (CONST["PEERS_MAX"],)),
+        "ipcache4_wide": (np.dtype("<u4"), (CONST["FIB4_WIDE"],)),
+        "ipcache4_deep": (np.dtype("<u4"), (CONST["IPCACHE4_GROUPS"] * 256,)),
+        "ipcache6": (DTYPE["fib6_entry"], (CONST["IPCACHE6_SLOTS"],)),
+        "ipcache6_lengths": (np.dtype("<u8"), (4,)),
+        "identity_peers": (np.dtype("<u4"), (CONST["IDENTITIES_MAX"],)),
+        "subjects": (DTYPE["subject"], (CONST["PORTS_MAX"],)),
+        "policies": (DTYPE["policy"], (CONST["POLICIES_MAX"],)),
+        "policy_entries": (DTYPE["policy_entry"], (CONST["POLICY_SLOTS"],)),
+        "frontends": (DTYPE["frontend"], (CONST["FRONTEND_SLOTS"],)),
+        "services": (DTYPE["service"], (CONST["SERVICES_MAX"],)),
+        "backends": (DTYPE["backend"], (CONST["BACKENDS_MAX"],)),
+        "backend_lists": (np.dtype("<u4"), (CONST["BACKEND_LISTS"],)),
+        "maglev": (np.dtype("<u4"), (CONST["MAGLEV_WORDS"],)),
+        "source_ranges": (DTYPE["source_range"], (CONST["SOURCE_RANGES_MAX"],)),
+        "node_ports": (np.dtype("u1"), (CONST["NAT_PROTOCOLS"], 8192)),
+        "affinities": (DTYPE["affinity"], (CONST["AFFINITY_SLOTS"],)),
+        "connections": (DTYPE["connection"], (CONST["CONNECTIONS_MOST"],)),
+        "connection_index": (np.dtype("<u8"), (CONST["CONNECTION_SLOTS"],)),
+        "track_counters": (DTYPE["track_counter"], (_WORKERS + 1,)),
+        "exhausted": (DTYPE["exhausted"], (_WORKERS, CONST["EXHAUSTED_MAX"])),
         "reasons": (DTYPE["reason_counter"], (_WORKERS, 2, CONST["REASONS_MAX"])),
         "port_counters": (DTYPE["port_counter"], (_WORKERS, CONST["PORTS_MAX"])),
         "worker_stats": (DTYPE["worker_stats"], (_WORKERS,)),
@@ -74,6 +95,27 @@ class Shm:
     fib6: np.ndarray
     fib6_lengths: np.ndarray
     control: np.ndarray
+    peers: np.ndarray
+    ipcache4_wide: np.ndarray
+    ipcache4_deep: np.ndarray
+    ipcache6: np.ndarray
+    ipcache6_lengths: np.ndarray
+    identity_peers: np.ndarray
+    subjects: np.ndarray
+    policies: np.ndarray
+    policy_entries: np.ndarray
+    frontends: np.ndarray
+    services: np.ndarray
+    backends: np.ndarray
+    backend_lists: np.ndarray
+    maglev: np.ndarray
+    source_ranges: np.ndarray
+    node_ports: np.ndarray
+    affinities: np.ndarray
+    connections: np.ndarray
+    connection_index: np.ndarray
+    track_counters: np.ndarray
+    exhausted: np.ndarray
     reasons: np.ndarray
     port_counters: np.ndarray
     worker_stats: np.ndarray

@@ -15,9 +15,10 @@ from dataplane.control.config import Config
 from dataplane.control.kernel import events
 from dataplane.control.kernel.netlink import Kernel
 from dataplane.control.model import HOST, HOST_MTU, HOST_PEER, EndpointView
-from dataplane.control.objects import Node, Objects
 from dataplane.control.reconcile import Reconciler
 from dataplane.daemon.teardown import cleanup
+from dataplane.objects.collect import Objects
+from dataplane.objects.core import Node
 from dataplane.tables.shm import Shm
 from dataplane.tables.writer import TableWriter
 from xdp.abi import value

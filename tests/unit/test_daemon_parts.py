@@ -10,10 +10,10 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from dataplane.control.objects import Node
 from dataplane.daemon import log, views
 from dataplane.daemon.lock import AlreadyRunning, hold
 from dataplane.daemon.notify import notify
+from dataplane.objects.core import Node
 
 
 class Listener:

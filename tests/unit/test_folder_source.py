@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataplane.control.folder import FolderSource
-from dataplane.control.objects import ManifestError, Objects, collect
+from dataplane.objects.collect import Objects, collect
+from dataplane.objects.manifest import ManifestError
 
 NODE = """
 apiVersion: v1

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from dataplane.control import overlay
 from dataplane.control.desired import NotReady, desired
 from dataplane.control.model import HOST, HOST_PEER
-from dataplane.control.objects import MAC_ANNOTATION, ManifestError
 from dataplane.control.plan import plan
+from dataplane.objects.core import MAC_ANNOTATION
+from dataplane.objects.manifest import ManifestError
 from tests.fake_node import NEIGHBOUR_MAC, UPLINK_MAC, FakeKernel, config, node, objects
 from xdp.abi import value
 

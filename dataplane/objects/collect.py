@@ -1,0 +1,75 @@
+"""All Kubernetes objects of a source, from their manifests.
+
+Rule: one table says which kinds are read, by whom and where they are kept; everything else is kept
+as it came (`others`).
+
+Theory. An object is known by its API group, kind, namespace and name; a later one of the same name
+wins. The version of a group does not matter here: readers take the fields that all served versions
+share.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dataplane.objects.core import Namespace, Node, Pod, namespace, namespace_of, node, pod
+from dataplane.objects.manifest import ManifestError, brief, refuse, section
+
+Key = tuple[str, str]  # namespace, name
+
+
+@dataclass(frozen=True)
+class Objects:
+    """All objects that a source has."""
+
+    nodes: Mapping[str, Node] = field(default_factory=dict)
+    namespaces: Mapping[str, Namespace] = field(default_factory=dict)
+    pods: Mapping[Key, Pod] = field(default_factory=dict)
+    others: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Where objects of a kind go."""
+
+    field: str  # of Objects
+    read: Callable[[Mapping[str, Any], str], Any]
+    namespaced: bool
+
+
+_KINDS = {
+    ("", "Node"): _Kind("nodes", node, False),
+    ("", "Namespace"): _Kind("namespaces", namespace, False),
+    ("", "Pod"): _Kind("pods", pod, True),
+}
+
+
+def group_of(manifest: Mapping[str, Any]) -> str:
+    """Return the API group of an object: "" for core/v1 and for one that names no version."""
+    version = manifest.get("apiVersion")
+    return version.rpartition("/")[0] if isinstance(version, str) else ""
+
+
+def collect(manifests: Sequence[Mapping[str, Any]]) -> Objects:
+    """Read manifests into Objects; a later one of the same name wins. Raises ManifestError."""
+    found: dict[str, dict] = {kind.field: {} for kind in _KINDS.values()}
+    others = []
+    for manifest in manifests:
+        kind = manifest.get("kind") if isinstance(manifest, Mapping) else None
+        if not isinstance(kind, str) or not kind:
+            raise ManifestError(f"not a Kubernetes object: {brief(manifest)} has no kind")
+        known = _KINDS.get((group_of(manifest), kind))
+        name = None
+        try:
+            name = section(manifest.get("metadata"), ("metadata",)).get("name")
+            if not isinstance(name, str) or not name:
+                raise refuse(("metadata", "name"), "is missing")
+            if known is None:
+                others.append(manifest)
+                continue
+            key = (namespace_of(manifest), name) if known.namespaced else name
+            found[known.field][key] = known.read(manifest, name)
+        except ManifestError as error:
+            called = f"{kind} {name}" if isinstance(name, str) else kind
+            raise ManifestError(f"{called}: {error}", error.place) from error
+    return Objects(**found, others=tuple(others))
