@@ -319,5 +319,9 @@ def _describe(section: BaseModel, lines: list[str], indent: str) -> None:
             _describe(value, lines, indent + "  ")
         else:
             plain = str(value) if isinstance(value, Path) else value
-            text = yaml.safe_dump(plain, default_flow_style=True).replace("\n...", "").strip()
+            text = (
+                yaml.safe_dump(plain, default_flow_style=True, width=1000)
+                .replace("\n...", "")
+                .strip()
+            )
             lines.append(f"{indent}{name}: {text}  # {field.description}")
