@@ -38,6 +38,7 @@
 #define PREFIXES_MAX 16          /* pod prefixes of this node that the uplink steers */
 #define LOCALS_MAX 32            /* addresses of this node that the tunnel may arrive at */
 #define STAGES_MAX 16
+#define STEERED_FRAGMENTS 4096   /* fragmented packets that an uplink follows at a time */
 
 /* Identity and policy */
 #define PEERS_MAX 1048576        /* distinct values that addresses map to */
@@ -279,6 +280,15 @@ struct steer_prefix {
   __u8 mask[16];
 };
 
+/* Key of the map frontends: what uplinks take for services. port_be 0 and protocol 0: all packets
+ * to the address. */
+struct frontend_key {
+  __u8 address[16];              /* network order; IPv4 in the first four bytes */
+  __u16 port_be;
+  __u8 protocol;
+  __u8 family;                   /* 4 or 6 */
+};
+
 /* The single value of the mmapped array map "steering": written by the forwarder, read by XDP. */
 struct steering {
   __u64 heartbeat_ns;            /* CLOCK_MONOTONIC of the forwarder's last sign of life */
@@ -288,7 +298,7 @@ struct steering {
   __u32 local6_count;
   __u32 prefix4_count;           /* pod prefixes steered without encapsulation (direct routing) */
   __u32 prefix6_count;
-  __u32 reserved;
+  __u32 frontend_count;          /* entries of the map frontends; 0: it is not looked up */
   __u32 local4_be[32];
   __u8 local6[512];              /* 32 addresses of 16 bytes */
   struct steer_prefix prefix4[16];

@@ -6,8 +6,9 @@
  *
  * Theory. Nothing is decided here but the way: every decision about a packet is made once, in the
  * vector kernels. pod_rx looks at nothing. uplink_rx takes UDP packets to the tunnel port at one of
- * our underlay addresses, and with direct routing packets to our pod prefixes; packets with IPv4
- * options, fragments and IPv6 extension headers are never tunnel packets of ours and pass.
+ * our underlay addresses, with direct routing packets to our pod prefixes, and packets to services'
+ * frontends (frontends.h); packets with IPv4 options, fragments and IPv6 extension headers are never
+ * tunnel packets of ours.
  */
 #include <linux/types.h>
 #include <linux/bpf.h>
@@ -19,6 +20,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include "abi.h"
+#include "frontends.h"
 
 struct {
   __uint(type, BPF_MAP_TYPE_XSKMAP);
@@ -140,12 +142,12 @@ int uplink_rx(struct xdp_md *ctx)
     const struct iphdr *ip = (void *)(eth + 1);
 
     if ((void *)(ip + 1) <= end)
-      ours = ours4(s, ip, end);
+      ours = ours4(s, ip, end) || (s->frontend_count && frontend4(ip, end));
   } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
     const struct ipv6hdr *ip = (void *)(eth + 1);
 
     if ((void *)(ip + 1) <= end)
-      ours = ours6(s, ip, end);
+      ours = ours6(s, ip, end) || (s->frontend_count && frontend6(ip, end));
   }
   if (!ours || !is_alive(s))
     return XDP_PASS;
