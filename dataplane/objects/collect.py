@@ -14,6 +14,7 @@ from typing import Any
 
 from dataplane.objects.core import Namespace, Node, Pod, namespace, namespace_of, node, pod
 from dataplane.objects.manifest import ManifestError, brief, refuse, section
+from dataplane.objects.services import EndpointSlice, Service, endpoint_slice, service
 
 Key = tuple[str, str]  # namespace, name
 
@@ -25,6 +26,8 @@ class Objects:
     nodes: Mapping[str, Node] = field(default_factory=dict)
     namespaces: Mapping[str, Namespace] = field(default_factory=dict)
     pods: Mapping[Key, Pod] = field(default_factory=dict)
+    services: Mapping[Key, Service] = field(default_factory=dict)
+    slices: Mapping[Key, EndpointSlice] = field(default_factory=dict)
     others: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -41,6 +44,8 @@ _KINDS = {
     ("", "Node"): _Kind("nodes", node, False),
     ("", "Namespace"): _Kind("namespaces", namespace, False),
     ("", "Pod"): _Kind("pods", pod, True),
+    ("", "Service"): _Kind("services", service, True),
+    ("discovery.k8s.io", "EndpointSlice"): _Kind("slices", endpoint_slice, True),
 }
 
 
