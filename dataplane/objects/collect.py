@@ -12,11 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dataplane.objects.cilium import (
+    CiliumIdentity,
+    cilium_policy,
+    clusterwide_policy,
+    identity,
+)
 from dataplane.objects.core import Namespace, Node, Pod, namespace, namespace_of, node, pod
 from dataplane.objects.manifest import ManifestError, brief, refuse, section
+from dataplane.objects.policies import Policy, network_policy
 from dataplane.objects.services import EndpointSlice, Service, endpoint_slice, service
 
 Key = tuple[str, str]  # namespace, name
+PolicyKey = tuple[str, str, str]  # kind, namespace ("": clusterwide), name
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class Objects:
     pods: Mapping[Key, Pod] = field(default_factory=dict)
     services: Mapping[Key, Service] = field(default_factory=dict)
     slices: Mapping[Key, EndpointSlice] = field(default_factory=dict)
+    policies: Mapping[PolicyKey, Policy] = field(default_factory=dict)
+    identities: Mapping[str, CiliumIdentity] = field(default_factory=dict)
     others: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -38,6 +48,7 @@ class _Kind:
     field: str  # of Objects
     read: Callable[[Mapping[str, Any], str], Any]
     namespaced: bool
+    shared: bool = False  # the field holds several kinds: keys begin with the kind
 
 
 _KINDS = {
@@ -46,6 +57,12 @@ _KINDS = {
     ("", "Pod"): _Kind("pods", pod, True),
     ("", "Service"): _Kind("services", service, True),
     ("discovery.k8s.io", "EndpointSlice"): _Kind("slices", endpoint_slice, True),
+    ("networking.k8s.io", "NetworkPolicy"): _Kind("policies", network_policy, True, True),
+    ("cilium.io", "CiliumNetworkPolicy"): _Kind("policies", cilium_policy, True, True),
+    ("cilium.io", "CiliumClusterwideNetworkPolicy"): _Kind(
+        "policies", clusterwide_policy, False, True
+    ),
+    ("cilium.io", "CiliumIdentity"): _Kind("identities", identity, False),
 }
 
 
@@ -55,26 +72,40 @@ def group_of(manifest: Mapping[str, Any]) -> str:
     return version.rpartition("/")[0] if isinstance(version, str) else ""
 
 
+def interpret(manifest: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """Return an object's field of Objects, its key there, and the object; Raises ManifestError.
+
+    The key in `others` is None.
+    """
+    kind = manifest.get("kind") if isinstance(manifest, Mapping) else None
+    if not isinstance(kind, str) or not kind:
+        raise ManifestError(f"not a Kubernetes object: {brief(manifest)} has no kind")
+    known = _KINDS.get((group_of(manifest), kind))
+    name = None
+    try:
+        name = section(manifest.get("metadata"), ("metadata",)).get("name")
+        if not isinstance(name, str) or not name:
+            raise refuse(("metadata", "name"), "is missing")
+        if known is None:
+            return "others", None, manifest
+        namespace = namespace_of(manifest) if known.namespaced else ""
+        key: Any = (namespace, name) if known.namespaced else name
+        if known.shared:
+            key = (kind, namespace, name)
+        return known.field, key, known.read(manifest, name)
+    except ManifestError as error:
+        called = f"{kind} {name}" if isinstance(name, str) else kind
+        raise ManifestError(f"{called}: {error}", error.place) from error
+
+
 def collect(manifests: Sequence[Mapping[str, Any]]) -> Objects:
     """Read manifests into Objects; a later one of the same name wins. Raises ManifestError."""
     found: dict[str, dict] = {kind.field: {} for kind in _KINDS.values()}
     others = []
     for manifest in manifests:
-        kind = manifest.get("kind") if isinstance(manifest, Mapping) else None
-        if not isinstance(kind, str) or not kind:
-            raise ManifestError(f"not a Kubernetes object: {brief(manifest)} has no kind")
-        known = _KINDS.get((group_of(manifest), kind))
-        name = None
-        try:
-            name = section(manifest.get("metadata"), ("metadata",)).get("name")
-            if not isinstance(name, str) or not name:
-                raise refuse(("metadata", "name"), "is missing")
-            if known is None:
-                others.append(manifest)
-                continue
-            key = (namespace_of(manifest), name) if known.namespaced else name
-            found[known.field][key] = known.read(manifest, name)
-        except ManifestError as error:
-            called = f"{kind} {name}" if isinstance(name, str) else kind
-            raise ManifestError(f"{called}: {error}", error.place) from error
+        where, key, value = interpret(manifest)
+        if key is None:
+            others.append(value)
+        else:
+            found[where][key] = value
     return Objects(**found, others=tuple(others))
