@@ -15,8 +15,10 @@ import numpy as np
 
 from dataplane.engine import loop
 from dataplane.engine.account import make_counters
+from dataplane.engine.conntrack import NAT_PORTS, Conntrack
 from dataplane.engine.worker import make_tables
 from dataplane.kernels.batch import VERDICT_DROP, VERDICT_SEND, make_batch
+from dataplane.kernels.fragments import make_fragments
 from dataplane.tables.model import Adjacency, Port, Tunnel
 from dataplane.tables.shm import Shm
 from dataplane.tables.writer import TableWriter
@@ -39,6 +41,7 @@ FAR4, FAR6 = ip_network("10.1.2.0/24"), ip_network("fd00:1:2::/64")
 OUTSIDE4, OUTSIDE6 = ip_network("198.51.100.0/24"), ip_network("2001:db8:f::/48")
 UNKNOWN4 = ip_network("203.0.113.0/24")
 VNI = 7
+IDENTITY = {POD_A: 70001, POD_B: 70002}
 PATH_MTU = 1450
 STRIDE, HEADROOM = CONST["FRAME_STRIDE"], CONST["FRAME_HEADROOM"]
 FILL = 0xA5
@@ -77,6 +80,10 @@ class World:
         self._ports()
         self._routes()
         self.writer.publish()
+        self._policies()
+        self.conntrack = Conntrack(self.shm, np.zeros(NAT_PORTS, np.uint32), 1)
+        self.tracker = self.conntrack.trackers[0]
+        self.fragments = make_fragments()
         self.tables = make_tables(self.shm)
         self.counters = make_counters(
             self.shm.reasons[0],
@@ -116,6 +123,14 @@ class World:
             self.writer.set_port(index, port)
         self.writer.set_port(UPLINK, Port(value("PORT_UPLINK"), "eth0", 13, 1500, 1, UPLINK_MAC))
 
+    def _policies(self) -> None:
+        """Pods are open: policy row 1 allows everything."""
+        for way in ("ingress", "egress"):
+            self.shm.policies[1][f"{way}_otherwise"] = CONST["POLICY_ALLOW"]
+        for index in (POD_A, POD_B):
+            row = self.shm.subjects[index]
+            row["identity"], row["policy"] = IDENTITY[index], 1
+
     def _routes(self) -> None:
         def here(kind: str) -> Adjacency:
             return Adjacency(value(kind), HOST, 65000, GATEWAY_MAC, HOST_MAC)
@@ -153,6 +168,7 @@ class World:
         b = self.batch
         b.count[0] = len(frames)
         b.now_ns[0] = self.now
+        b.area[0] = self.area.ctypes.data
         self.area[:] = FILL
         for i, (port, frame) in enumerate(frames):
             base = i * STRIDE
@@ -165,12 +181,14 @@ class World:
             b.egress[i] = -1
             for column in (b.segments, b.verdict, b.reason, b.kind, b.flags, b.adjacency):
                 column[i] = 0
+            for column in (b.identity, b.refusal, b.source_identity, b.target_identity):
+                column[i] = 0
 
     def run(self, frames: list[tuple[int, bytes]]) -> list[Result]:
         """Send frames through all stages."""
         assert len(frames) <= CONST["VECTOR_MAX"]
         self.load(frames)
-        loop.process(self.batch, self.tables, self.counters)
+        loop.process(self.batch, self.tables, self.tracker, self.fragments, self.counters)
         return [self._result(i) for i in range(len(frames))]
 
     def one(self, port: int, frame: bytes) -> Result:

@@ -303,6 +303,9 @@ struct steering {
   __u8 local6[512];              /* 32 addresses of 16 bytes */
   struct steer_prefix prefix4[16];
   struct steer_prefix prefix6[16];
+  __u8 nat6[16];                 /* addresses that connections are masqueraded with; 0: none */
+  __u32 nat4_be;
+  __u32 reserved1;
 };
 
 /* --- agent -> forwarder: tables in shared memory -------------------------------------------- */
@@ -499,7 +502,7 @@ struct connection {
   __u32 source_identity;
   __u32 created;                 /* ticks */
   __u16 port;                    /* where its first packet came from */
-  __u16 reserved0;
+  __u16 icmp_type;               /* of its first packet, with protocol ICMP or ICMPv6 */
   __u32 service;                 /* row of the service it was opened through; 0: none */
   __u32 backend;                 /* and of its backend */
 
@@ -527,7 +530,8 @@ struct connection {
   __u64 packets_reply;
   __u64 bytes_original;
   __u64 bytes_reply;
-  __u64 reserved2;
+  __u32 reason;                  /* enum reason, with CONNECTION_FLAG_DENIED */
+  __u32 reserved2;
 };
 
 /* What a worker did about connections; the last row is the sweeper's. */

@@ -21,6 +21,7 @@ ffi.cdef(
     int getsockopt(int fd, int level, int name, void *value, uint32_t *size);
     int bind(int fd, const void *address, uint32_t size);
     int unshare(int flags);
+    int fallocate(int fd, int mode, int64_t offset, int64_t length);
     """
 )
 lib: Any = ffi.dlopen(None)
@@ -28,6 +29,7 @@ lib: Any = ffi.dlopen(None)
 PROT_READ_WRITE = 3
 MAP_SHARED = 0x01
 MAP_POPULATE = 0x8000
+KEEP_SIZE_PUNCH_HOLE = 3  # FALLOC_FL_*
 
 
 def check(result: int, call: str, detail: str = "") -> int:
@@ -49,6 +51,11 @@ def mmap(length: int, flags: int, fd: int, offset: int) -> int:
 def munmap(address: int, length: int) -> None:
     """Unmap memory; errors at the end of a life do not matter."""
     lib.munmap(ffi.cast("void *", address), length)
+
+
+def punch_hole(fd: int, length: int) -> None:
+    """Make a file's bytes zeros and give their memory back; its size and mappings stay."""
+    check(lib.fallocate(fd, KEEP_SIZE_PUNCH_HOLE, 0, length), f"fallocate({length} bytes)")
 
 
 def set_option(fd: int, level: int, name: int, value: bytes, call: str) -> None:

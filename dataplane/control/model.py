@@ -122,6 +122,7 @@ class Tables:
     tunnel_port: int = 0
     locals: tuple[Address, ...] = ()
     prefixes: tuple[Cidr, ...] = ()
+    nat: tuple[Address, ...] = ()  # addresses that connections are masqueraded with
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def _tables(wanted: Tables, stands: Tables | None) -> list[Action]:
 
 
 def _steering(tables: Tables) -> tuple:
-    return tables.tunnel_port, tables.locals, tables.prefixes
+    return tables.tunnel_port, tables.locals, tables.prefixes, tables.nat
 
 
 def _differences(what: str, wanted: Mapping, stands: Mapping) -> list[str]:

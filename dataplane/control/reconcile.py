@@ -285,6 +285,7 @@ def _steer(path: Path, tables: Tables) -> None:
             "tunnel_port": tables.tunnel_port,
             "locals": [str(address) for address in tables.locals],
             "prefixes": [str(cidr) for cidr in tables.prefixes],
+            "nat": [str(address) for address in tables.nat],
         }
     )
     with contextlib.suppress(FileNotFoundError):

@@ -20,6 +20,7 @@ import numpy as np
 from dataplane.control.config import Config
 from dataplane.control.jsonl import serve
 from dataplane.daemon.log import get_logger
+from dataplane.engine.conntrack import WARN_PERCENT, Conntrack
 from dataplane.engine.ports import Ports
 from dataplane.engine.steer import FILE, Steering
 from dataplane.engine.worker import Worker
@@ -50,10 +51,13 @@ class Forwarder:
         row = self.bpf.maps["steering"].mmap(DTYPE["steering"])
         self.steering = Steering(row, run_dir / "shm" / FILE, int(node["watchdog_ms"]))
         shm.worker_stats[:] = 0
+        self.conntrack = Conntrack(shm, self.bpf.maps["nat_ports"].mmap(np.dtype("<u8")).view("<u4"), count)
         bases = np.arange(frame_count, dtype=np.int64) * CONST["FRAME_STRIDE"]
         self.workers = [
-            Worker(number, shm, self.umem.address, part, int(node["spin_us"]))
-            for number, part in enumerate(np.array_split(bases, count))
+            Worker(number, shm, self.umem.address, part, int(node["spin_us"]), tracker)
+            for number, (part, tracker) in enumerate(
+                zip(np.array_split(bases, count), self.conntrack.trackers, strict=True)
+            )
         ]
         for worker in self.workers:
             worker.start()
@@ -61,6 +65,7 @@ class Forwarder:
             worker.call(lambda: None, COMPILE_S)
         self.ports = Ports(shm.ports, self.umem, self.bpf, self.workers)
         self.generation = -1
+        self._full = False
         self.started = time.time()
 
     def sync(self) -> list[dict[str, Any]]:
@@ -75,11 +80,21 @@ class Forwarder:
         """Once a second: heartbeat, dead devices, changes without a call, ports that failed."""
         if self._alive():
             self.steering.beat()
+        self._sweep()
         for name in self.ports.check():
             log.warning("device gone", device=name)
         changed = int(self.shm.control[0]["ports_generation"]) != self.generation
         if changed or any(port["error"] for port in self.ports.view()):
             self.sync()
+
+    def _sweep(self) -> None:
+        """Forget connections whose time is over; warn once when the table fills up."""
+        if not self.conntrack.sweep():
+            return
+        full = self.conntrack.pressure_percent >= WARN_PERCENT
+        if full and not self._full:
+            log.warning("the table of connections fills up", **self.conntrack.view())
+        self._full = full
 
     def _alive(self) -> bool:
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
@@ -95,6 +110,7 @@ class Forwarder:
             "frames": self.umem.frame_count,
             "huge_pages": self.umem.huge,
             "ports": self.ports.view(),
+            "conntrack": self.conntrack.view(),
             "generation": self.generation,
             "steering_error": self.steering.error,
         }

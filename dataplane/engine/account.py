@@ -1,24 +1,33 @@
-"""What a worker counts: packets and bytes by reason, by port, and recent flows.
+"""What a worker counts: packets and bytes by reason and by port, and what it dropped lately.
 
 Rule: one writer a row (the worker), any number of readers, no locks; a reader may see a packet
 counted in one table and not yet in another.
 
-Theory. Reasons are enum reason of xdp/abi.h, so a counter needs no name. Flows are direct-mapped
-by hash: a newer flow replaces an older one in its slot, which bounds memory and cost; it is a view
-for people, not an account.
+Theory. Reasons are enum reason of xdp/abi.h, so a counter needs no name. Flows that pass are counted
+in their connection's record; those that do not have none, so they stand in a table of their own,
+direct-mapped by hash: a newer one replaces an older one, which bounds memory and cost. A packet that
+is held counts when it goes on.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from dataplane.kernels.batch import KIND_IP4, KIND_IP6, VERDICT_SEND
+from dataplane.kernels.batch import (
+    FLAG_AUDITED,
+    KIND_IP4,
+    KIND_IP6,
+    VERDICT_HOLD,
+    VERDICT_SEND,
+)
 from dataplane.kernels.house import inline
 from xdp.abi import CONST, value
 
 FLOWS_MASK = np.uint64(CONST["FLOWS_MAX"] - 1)
 PORTS_MAX = CONST["PORTS_MAX"]
 PORT_UPLINK = value("PORT_UPLINK")
+AUDITED = value("REASON_AUDITED")
+DROPS = 130  # reasons from here on are drops
 
 
 class Counters(NamedTuple):
@@ -70,6 +79,9 @@ def _note_flow(b, i, c):
         c.flows[at].bytes = 0
         c.flows[at].first_ns = b.now_ns[0]
     c.flows[at].reason = b.reason[i]
+    c.flows[at].verdict = b.refusal[i]
+    c.flows[at].source_identity = b.source_identity[i]
+    c.flows[at].destination_identity = b.target_identity[i]
     c.flows[at].ingress_port = b.ingress[i]
     c.flows[at].egress_port = b.egress[i] if b.verdict[i] == VERDICT_SEND else PORTS_MAX
     c.flows[at].packets += 1
@@ -81,9 +93,13 @@ def _note_flow(b, i, c):
 def account(b, t, c):
     """Count every packet of the vector; runs after the last verdict."""
     for i in range(b.count[0]):
+        if b.verdict[i] == VERDICT_HOLD:
+            continue
         size = b.total[i]
         port = b.ingress[i]
         way = 0 if t.ports[port].kind == PORT_UPLINK else 1
+        if b.reason[i] == 0 and b.flags[i] & FLAG_AUDITED:
+            b.reason[i] = AUDITED
         c.reasons[way, b.reason[i]].packets += 1
         c.reasons[way, b.reason[i]].bytes += size
         c.ports[port].rx_packets += 1
@@ -94,5 +110,5 @@ def account(b, t, c):
             c.ports[out].tx_bytes += size
         else:
             c.ports[port].rx_drops += 1
-        if b.kind[i] == KIND_IP4 or b.kind[i] == KIND_IP6:
+        if b.reason[i] >= DROPS and (b.kind[i] == KIND_IP4 or b.kind[i] == KIND_IP6):
             _note_flow(b, i, c)

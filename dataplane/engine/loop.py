@@ -16,11 +16,15 @@ from dataplane.engine.account import account
 from dataplane.engine.rings import collect, flush, receive, transmit
 from dataplane.kernels.admit import admit
 from dataplane.kernels.answer import answer
+from dataplane.kernels.connect import connect
 from dataplane.kernels.forward import forward
+from dataplane.kernels.fragments import fragments
 from dataplane.kernels.house import inline, kernel, load64_acquire, types
 from dataplane.kernels.judge import judge
 from dataplane.kernels.parse import parse
 from dataplane.kernels.route import route
+from dataplane.kernels.track import track
+from dataplane.kernels.translate import translate
 from xdp.abi import value
 
 CLOCK_MONOTONIC = 1
@@ -31,9 +35,12 @@ EVENTS_MAX = 64
 RECEIVE = value("STAGE_RECEIVE")
 PARSE = value("STAGE_PARSE")
 ADMIT = value("STAGE_ADMIT")
+TRACK = value("STAGE_TRACK")
+CONNECT = value("STAGE_CONNECT")
 ROUTE = value("STAGE_ROUTE")
 JUDGE = value("STAGE_JUDGE")
 ANSWER = value("STAGE_ANSWER")
+TRANSLATE = value("STAGE_TRANSLATE")
 FORWARD = value("STAGE_FORWARD")
 ACCOUNT = value("STAGE_ACCOUNT")
 TRANSMIT = value("STAGE_TRANSMIT")
@@ -69,26 +76,34 @@ def _mark(c, stage, sampled):
 
 
 @inline
-def stages(b, t, c, sampled):
+def stages(b, t, k, f, c, sampled):
     """Every decision about a vector, in order."""
     parse(b)
     _mark(c, PARSE, sampled)
     admit(b, t)
+    fragments(b, f, k)
     _mark(c, ADMIT, sampled)
+    track(b, t, k)
+    _mark(c, TRACK, sampled)
+    if b.todo_count[0]:
+        connect(b, t, k)
+    _mark(c, CONNECT, sampled)
     route(b, t)
     _mark(c, ROUTE, sampled)
     judge(b, t)
     _mark(c, JUDGE, sampled)
     answer(b, t)
     _mark(c, ANSWER, sampled)
+    translate(b, t)
+    _mark(c, TRANSLATE, sampled)
     forward(b, t)
     _mark(c, FORWARD, sampled)
 
 
 @kernel
-def process(b, t, c):
+def process(b, t, k, f, c):
     """Decide about a vector that does not come from rings (tests, fuzzer, engine benchmark)."""
-    stages(b, t, c, False)
+    stages(b, t, k, f, c, False)
 
 
 @kernel
@@ -98,7 +113,7 @@ def tally(b, t, c):
 
 
 @inline
-def _step(b, r, t, c, now):
+def _step(b, r, t, k, f, c, now):
     """Decide about and send the vector that was received; returns sockets that still wait."""
     stats = c.stats[0]
     sampled = (stats.steps & np.uint64(SAMPLE_MASK)) == np.uint64(0)
@@ -108,7 +123,7 @@ def _step(b, r, t, c, now):
     b.now_ns[0] = now
     c.marks[0] = now
     _mark(c, RECEIVE, sampled)
-    stages(b, t, c, sampled)
+    stages(b, t, k, f, c, sampled)
     transmit(b, r, c.kicks)
     _mark(c, TRANSMIT, sampled)
     account(b, t, c)
@@ -137,16 +152,19 @@ def _sleep(c, control):
 
 
 @kernel
-def run(b, r, t, c, control):
-    """Work until the stop word is raised. b: Batch, r: Rings, t: Tables, c: Counters."""
+def run(b, r, t, k, f, c, control):
+    """Work until the stop word is raised.
+
+    b: Batch, r: Rings, t: Tables, k: Tracker, f: Fragments, c: Counters.
+    """
     stop = control[CONTROL_ADDRESS]
     now = _now(c)
     last = now
     waiting = 0
     while load64_acquire(stop) == 0:
         now = _now(c)
-        if receive(b, r) > 0:
-            waiting = _step(b, r, t, c, now)
+        if receive(b, r, f, now) > 0:
+            waiting = _step(b, r, t, k, f, c, now)
             last = now
             c.stats[0].heartbeat_ns = np.uint64(now)
             continue
@@ -154,7 +172,7 @@ def run(b, r, t, c, control):
             last = now
         if waiting:
             waiting = flush(r, c.kicks)
-        if now - last < control[CONTROL_SPIN_NS] or waiting:
+        if now - last < control[CONTROL_SPIN_NS] or waiting or f.waiting_count[0]:
             sched_yield()
             continue
         _publish_stats(r, c, now)

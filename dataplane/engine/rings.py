@@ -1,7 +1,7 @@
 """The rings of AF_XDP sockets, seen from a worker.
 
-Rule: a frame is in exactly one place: the free stack, a fill ring, a vector, a transmit ring (until
-its completion). `owner` says which socket holds it, so that a socket that dies gives all back.
+Rule: a frame is in exactly one place: the free stack, a fill ring, a vector, a held fragment, a
+transmit ring (until its completion). `owner` says which socket holds it, so that a socket that dies gives all back.
 
 Theory. Each (port, queue) has one socket with four single-producer single-consumer rings in shared
 memory (Documentation/networking/af_xdp.rst). All sockets of a forwarder register the same memory as
@@ -16,7 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataplane.kernels.batch import SEGMENTS_MAX, VECTOR_MAX, VERDICT_DROP, VERDICT_SEND
+from dataplane.kernels.batch import (
+    FLAG_ADMITTED,
+    SEGMENTS_MAX,
+    VECTOR_MAX,
+    VERDICT_DROP,
+    VERDICT_HOLD,
+    VERDICT_SEND,
+)
+from dataplane.kernels.fragments import HELD_MAX, HOLD_NS, SLOT_FREE, SLOT_READY
 from dataplane.kernels.house import (
     inline,
     load32,
@@ -47,6 +55,7 @@ STATE_OPEN = 1
 REASON_OVERSIZE = value("REASON_OVERSIZE")
 REASON_TRANSMIT_FULL = value("REASON_TRANSMIT_FULL")
 REASON_PORT_GONE = value("REASON_PORT_GONE")
+FRAGMENT_NOT_FOUND = value("REASON_FRAGMENT_NOT_FOUND")
 
 _RINGS = ("rx", "tx", "fill", "completion")
 SOCK = np.dtype(
@@ -114,13 +123,9 @@ def _release(r, frame):
 
 
 @inline
-def _admit(b, r, i, address, length, port):
-    """Start the columns of packet i."""
-    frame = address & BASE_MASK
-    start = r.area[0] + frame + ((address >> 48) & 0xFFFF)
-    prefetch(start)
-    r.owner[frame // FRAME_STRIDE] = -1
-    b.address[i] = start
+def start(b, i, address, frame, length, port):
+    """Start the columns of packet i, whose first byte stands at `address`."""
+    b.address[i] = address
     b.frame[i] = frame
     b.length[i] = length
     b.total[i] = length
@@ -133,6 +138,20 @@ def _admit(b, r, i, address, length, port):
     b.kind[i] = 0
     b.flags[i] = 0
     b.adjacency[i] = 0
+    b.identity[i] = 0
+    b.refusal[i] = 0
+    b.source_identity[i] = 0
+    b.target_identity[i] = 0
+
+
+@inline
+def _admit(b, r, i, address, length, port):
+    """Take the packet of a descriptor as packet i."""
+    frame = address & BASE_MASK
+    first = r.area[0] + frame + ((address >> 48) & 0xFFFF)
+    prefetch(first)
+    r.owner[frame // FRAME_STRIDE] = -1
+    start(b, i, first, frame, length, port)
 
 
 @inline
@@ -179,10 +198,34 @@ def _receive_from(b, r, s, count, used):
 
 
 @inline
-def receive(b, r):
-    """Fill the vector from all sockets in turn; b.count[0] says how many packets came."""
+def _again(b, f, now):
+    """Take the fragments that no longer wait: their first one has come, or their time is over."""
     count = 0
+    for n in range(HELD_MAX):
+        row = f.waiting[n]
+        if row.state == SLOT_FREE or count >= VECTOR_MAX:
+            continue
+        over = now - row.since_ns > HOLD_NS
+        if row.state != SLOT_READY and not over:
+            continue
+        start(b, count, row.address, row.frame, row.length, row.ingress)
+        b.flags[count] = row.flags | FLAG_ADMITTED
+        b.identity[count] = row.identity
+        if row.state != SLOT_READY:
+            b.verdict[count] = VERDICT_DROP
+            b.reason[count] = FRAGMENT_NOT_FOUND
+        f.waiting[n].state = SLOT_FREE
+        f.waiting_count[0] -= 1
+        count += 1
+    return count
+
+
+@inline
+def receive(b, r, f, now):
+    """Fill the vector from all sockets in turn; b.count[0] says how many packets came."""
+    count = _again(b, f, now) if f.waiting_count[0] else 0
     used = 0
+    b.area[0] = r.area[0]
     sockets = r.active_count[0]
     first = r.turn[0]
     for n in range(sockets):
@@ -308,6 +351,8 @@ def _discard(b, r, i, from_segment):
 def transmit(b, r, stats):
     """Queue every packet to be sent, free the others, then kick each socket that has work."""
     for i in range(b.count[0]):
+        if b.verdict[i] == VERDICT_HOLD:
+            continue
         if b.verdict[i] != VERDICT_SEND:
             _discard(b, r, i, 0)
             continue

@@ -44,15 +44,16 @@ class Steering:
             locals_ = [ipaddress.ip_address(text) for text in wanted["locals"]]
             prefixes = [ipaddress.ip_network(text) for text in wanted["prefixes"]]
             port = int(wanted["tunnel_port"])
+            nat = [ipaddress.ip_address(text) for text in wanted["nat"]]
         except FileNotFoundError:
             self.error = f"{self._file} is not there yet: the agent has not run"
             return
         except (ValueError, KeyError, TypeError) as error:
             self.error = f"{self._file}: {error}; the steering that stands is kept"
             return
-        self.error = self._write(port, locals_, prefixes)
+        self.error = self._write(port, locals_, prefixes, nat)
 
-    def _write(self, port: int, locals_: list, prefixes: list) -> str:
+    def _write(self, port: int, locals_: list, prefixes: list, nat: list) -> str:
         row = self._row
         over = ""
         for family, size in ((4, 4), (6, 16)):
@@ -72,6 +73,9 @@ class Steering:
                 entry["address"][:size] = np.frombuffer(net.network_address.packed, np.uint8)
                 entry["mask"][:size] = np.frombuffer(net.netmask.packed, np.uint8)
             row[f"prefix{family}_count"] = len(nets)
+        four, six = (next((ip for ip in nat if ip.version == version), None) for version in (4, 6))
+        row["nat4_be"] = int.from_bytes(four.packed, "little") if four else 0
+        row["nat6"][:] = np.frombuffer(six.packed if six else bytes(16), np.uint8)
         row["tunnel_port_be"] = int.from_bytes(port.to_bytes(2, "big"), "little")
         return over
 

@@ -20,6 +20,7 @@ import numpy as np
 
 def _jobs() -> list[tuple[str, Callable[[], object]]]:
     from dataplane.engine import loop
+    from dataplane.engine.conntrack import NAT_PORTS, Conntrack
     from dataplane.engine.worker import Worker
     from dataplane.tables.shm import Shm
     from xdp.abi import CONST
@@ -27,14 +28,25 @@ def _jobs() -> list[tuple[str, Callable[[], object]]]:
     scratch = tempfile.TemporaryDirectory(prefix="penstock-warm-")
     shm = Shm.create(Path(scratch.name))
     frames = np.arange(4, dtype=np.int64) * CONST["FRAME_STRIDE"]
-    worker = Worker(0, shm, 0, frames, 0)
+    conntrack = Conntrack(shm, np.zeros(NAT_PORTS, np.uint32), 1)
+    worker = Worker(0, shm, 0, frames, 0, conntrack.trackers[0])
     worker.control[loop.CONTROL_STOP] = 1  # run returns before its first step
-    arguments = (worker.batch, worker.rings, worker.tables, worker.counters, worker.control)
-    vector = (worker.batch, worker.tables, worker.counters)
+    batch, _, *stages, _ = worker.arguments
+    tables, _, _, counters = stages
+    kernels = [
+        ("parse", lambda: loop.parse(batch)),
+        ("admit", lambda: loop.admit(batch, tables)),
+        ("track", lambda: loop.track(batch, tables, worker.tracker)),
+        ("connect", lambda: loop.connect(batch, tables, worker.tracker)),
+        ("answer", lambda: loop.answer(batch, tables)),
+        ("translate", lambda: loop.translate(batch, tables)),
+    ]
     return [
-        ("the worker's loop", lambda: loop.run(*arguments)),
-        ("the stages without rings", lambda: loop.process(*vector)),
-        ("the counters", lambda: loop.tally(*vector)),
+        *kernels,
+        ("the worker's loop", lambda: loop.run(*worker.arguments)),
+        ("the stages without rings", lambda: loop.process(batch, *stages)),
+        ("the counters", lambda: loop.tally(batch, tables, counters)),
+        ("connections' time-outs", conntrack.sweep),
         ("the scratch files away", scratch.cleanup),
     ]
 

@@ -31,6 +31,8 @@ from dataplane.engine.rings import (
     make_rings,
 )
 from dataplane.kernels.batch import make_batch
+from dataplane.kernels.connections import Tracker
+from dataplane.kernels.fragments import make_fragments
 from dataplane.kernels.tables import Tables
 from xdp.xsk import Xsk
 
@@ -40,9 +42,19 @@ _RINGS = ("rx", "tx", "fill", "completion")
 class Worker:
     """A forwarding thread with its frames, sockets and counters."""
 
-    def __init__(self, number: int, shm: Any, area: int, frames: np.ndarray, spin_us: int) -> None:
+    def __init__(
+        self,
+        number: int,
+        shm: Any,
+        area: int,
+        frames: np.ndarray,
+        spin_us: int,
+        tracker: Tracker,
+    ) -> None:
         """Prepare worker `number` over UMEM address `area` with its own chunk bases `frames`."""
         self.number = number
+        self.tracker = tracker
+        self.fragments = make_fragments()
         self.rings = make_rings(area, frames)
         self.batch = make_batch()
         self.tables = make_tables(shm)
@@ -64,6 +76,12 @@ class Worker:
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None]
         self._commands = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name=f"worker-{number}", daemon=True)
+
+    @property
+    def arguments(self) -> tuple:
+        """What loop.run takes."""
+        stages = (self.tables, self.tracker, self.fragments, self.counters)
+        return (self.batch, self.rings, *stages, self.control)
 
     def start(self) -> None:
         """Start the thread."""
@@ -92,7 +110,7 @@ class Worker:
     def _main(self) -> None:
         self.counters.stats[0]["tid"] = threading.get_native_id()
         while True:
-            loop.run(self.batch, self.rings, self.tables, self.counters, self.control)
+            loop.run(*self.arguments)
             self.control[loop.CONTROL_STOP] = 0
             try:
                 os.eventfd_read(self._wake)
@@ -173,7 +191,7 @@ class Worker:
 
 
 def make_tables(shm: Any) -> Tables:
-    """Return the kernels' view of the tables in shared memory (read-only for them)."""
+    """Return the kernels' view of the tables in shared memory."""
     return Tables(
         node=shm.node,
         ports=shm.ports,
@@ -183,5 +201,25 @@ def make_tables(shm: Any) -> Tables:
         fib4_deep=shm.fib4_deep,
         fib6=shm.fib6,
         fib6_lengths=shm.fib6_lengths,
+        control=shm.control,
+        peers=shm.peers,
+        ipcache4_wide=shm.ipcache4_wide,
+        ipcache4_deep=shm.ipcache4_deep,
+        ipcache6=shm.ipcache6,
+        ipcache6_lengths=shm.ipcache6_lengths,
+        identity_peers=shm.identity_peers,
+        subjects=shm.subjects,
+        policies=shm.policies,
+        policy_entries=shm.policy_entries,
+        frontends=shm.frontends,
+        services=shm.services,
+        backends=shm.backends,
+        backend_lists=shm.backend_lists,
+        maglev=shm.maglev,
+        source_ranges=shm.source_ranges,
+        node_ports=shm.node_ports,
+        affinities=shm.affinities,
+        connections=shm.connections,
+        connection_index=shm.connection_index,
         buckets=np.zeros(4, np.int64),
     )

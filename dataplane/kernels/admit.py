@@ -4,9 +4,10 @@ Rule: after this stage a packet's source address is one that its port may use.
 
 Theory. A pod sends with its own addresses only, and never to the tunnel's UDP port: it could
 forge packets of another node. The node's own stack is trusted. From an uplink come tunnel
-packets, which `decapsulate` opens, and, with direct routing, packets to our pods; a source of
-ours coming from outside is forged (RFC 2827), and an inner source must route back into the tunnel
-that it came from (RFC 3704, strict reverse path). Multicast is not forwarded; the one multicast
+packets, which `decapsulate` opens, and packets from outside: for services, replies to masqueraded
+connections and, with direct routing, packets to our pods. A source of ours coming from outside is
+forged (RFC 2827), and an inner source must route back into the tunnel that it came from (RFC 3704,
+strict reverse path). Multicast is not forwarded; the one multicast
 that matters is the neighbour solicitation for the gateway, which `answer` takes up.
 """
 
@@ -14,8 +15,10 @@ import numpy as np
 
 from dataplane.kernels import wire
 from dataplane.kernels.batch import (
+    FLAG_ADMITTED,
     FLAG_FRAGMENT,
     FLAG_MULTICAST,
+    FLAG_OUTSIDE,
     KIND_ARP,
     KIND_IP4,
     KIND_IP6,
@@ -109,7 +112,9 @@ def _admit_control(b, t, i):
 
 @inline
 def _admit_uplink(b, t, i):
-    if t.node[0].tunnel_kind != TUNNEL_NONE:
+    ip = b.kind[i] == KIND_IP4 or b.kind[i] == KIND_IP6
+    tunnel = t.node[0].tunnel_kind != TUNNEL_NONE
+    if tunnel and ip and b.protocol[i] == wire.UDP and b.target_port[i] == t.node[0].tunnel_port:
         if not decapsulate(b, t, i):
             return
         back = lookup(t, b.kind[i], b.source_hi[i], b.source_lo[i])
@@ -118,26 +123,34 @@ def _admit_uplink(b, t, i):
             drop(b, i, INVALID_SOURCE)
         elif row.remote_hi != b.remote_hi[i] or row.remote_lo != b.remote_lo[i]:
             drop(b, i, INVALID_SOURCE)
-        return
-    if b.kind[i] == KIND_IP4 or b.kind[i] == KIND_IP6:
-        back = lookup(t, b.kind[i], b.source_hi[i], b.source_lo[i])
-        kind = t.adjacencies[back].kind
-        if (
-            kind == ADJACENCY_POD
-            or kind == ADJACENCY_HOST
-            or kind == ADJACENCY_GATEWAY
-            or kind == ADJACENCY_BLACKHOLE
-        ):
-            drop(b, i, INVALID_SOURCE)
+    elif ip:
+        b.flags[i] |= FLAG_OUTSIDE
+        _admit_outside(b, t, i)
     else:
         drop(b, i, UNKNOWN_SENDER)
+
+
+@inline
+def _admit_outside(b, t, i):
+    """A packet of the underlay: its source is not one of ours, nor of a pod behind the tunnel."""
+    row = t.adjacencies[lookup(t, b.kind[i], b.source_hi[i], b.source_lo[i])]
+    forged = (
+        row.kind == ADJACENCY_POD
+        or row.kind == ADJACENCY_HOST
+        or row.kind == ADJACENCY_GATEWAY
+        or row.kind == ADJACENCY_BLACKHOLE
+    )
+    if row.kind == ADJACENCY_TUNNEL:  # the node at the tunnel's end may speak for itself
+        forged = row.remote_hi != b.source_hi[i] or row.remote_lo != b.source_lo[i]
+    if forged:
+        drop(b, i, INVALID_SOURCE)
 
 
 @kernel
 def admit(b, t):
     """Drop what its port may not send; open tunnel packets. About 3 ns for a pod's packet."""
     for i in range(b.count[0]):
-        if b.verdict[i] != VERDICT_PENDING:
+        if b.verdict[i] != VERDICT_PENDING or b.flags[i] & FLAG_ADMITTED:
             continue
         kind = t.ports[b.ingress[i]].kind
         if kind == PORT_POD:

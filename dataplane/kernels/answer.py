@@ -1,10 +1,11 @@
-"""What the node answers itself: ARP, neighbour solicitations, pings of the gateway, ICMP errors.
+"""What the node answers itself: ARP, neighbour solicitations, pings, ICMP errors, TCP resets.
 
 Rule: an answer is written over the packet that asked for it; nothing is allocated or copied.
 
 Theory. ARP and ND replies go back out of the port they came from, which is never an uplink. Echo
 replies and ICMP errors are IP packets to the old source: they get the route of that address and
-leave through `forward`, so they find their way into a tunnel too. An echo request with IP options
+leave through `forward`, so they find their way into a tunnel too. Pings are answered for the gateway
+and for the addresses of services. An echo request with IP options
 or extension headers is left to the node's own stack, which knows what to do with them. An error
 quotes the packet from its IP header on, as much as fits 576 bytes (RFC 1812 4.3.2.3) or 1280 (RFC
 4443 3), and is written into the headroom before it. All answers but ARP and ND draw on one token
@@ -20,9 +21,9 @@ from dataplane.kernels.batch import (
     FLAG_ANSWER,
     FLAG_DECAPSULATED,
     FLAG_DF,
-    FLAG_FRAGMENT,
+    FLAG_ECHO,
     FLAG_LOCAL,
-    FLAG_OPTIONS,
+    FLAG_RESET,
     KIND_ARP,
     KIND_IP4,
     KIND_IP6,
@@ -36,13 +37,14 @@ from dataplane.kernels.house import (
     load8,
     load16be,
     load32be,
+    load64be,
     store8,
     store16be,
     store32be,
     store64be,
     sum16,
 )
-from dataplane.kernels.parse import drop, flow_hash
+from dataplane.kernels.parse import drop, flow_hash, is_echo
 from dataplane.kernels.route import lookup
 from dataplane.kernels.tables import BUCKET_DENIED, BUCKET_TIME, BUCKET_TOKENS
 from xdp.abi import value
@@ -197,16 +199,6 @@ def _return_to_source(b, t, i, from_hi, from_lo):
 
 
 @inline
-def _is_echo(b, i):
-    if b.flags[i] & (FLAG_FRAGMENT | FLAG_OPTIONS):
-        return False
-    at = b.address[i] + b.l4[i]
-    if b.kind[i] == KIND_IP4:
-        return b.protocol[i] == wire.ICMP and load8(at) == wire.ICMP_ECHO
-    return b.protocol[i] == wire.ICMP6 and load8(at) == wire.ICMP6_ECHO
-
-
-@inline
 def _answer_echo(b, t, i):
     if not _token(b, t):
         drop(b, i, RATE_LIMITED)
@@ -294,10 +286,11 @@ def _error6(b, t, i):
 
 @inline
 def _settle_error(b, t, i, at, size, protocol, router_hi, router_lo):
-    """Columns of the ICMP error whose IP header stands at `at`."""
+    """Columns of the ICMP error, or reset, whose IP header stands at `at`."""
     b.address[i] = at - wire.ETHER_LENGTH
     b.l3[i] = wire.ETHER_LENGTH
-    b.l4[i] = wire.ETHER_LENGTH + (wire.IP4_LENGTH if protocol == wire.ICMP else wire.IP6_LENGTH)
+    four = b.kind[i] == KIND_IP4
+    b.l4[i] = wire.ETHER_LENGTH + (wire.IP4_LENGTH if four else wire.IP6_LENGTH)
     b.ip_length[i] = size
     b.total[i] = wire.ETHER_LENGTH + size
     b.length[i] = b.total[i]
@@ -306,6 +299,67 @@ def _settle_error(b, t, i, at, size, protocol, router_hi, router_lo):
     b.source_port[i] = 0
     b.target_port[i] = 0
     _return_to_source(b, t, i, router_hi, router_lo)
+
+
+@inline
+def _answer_reset(b, t, i):
+    """A TCP reset from the packet's target (RFC 9293 3.5.2, 3.10.7.1), written over the packet."""
+    if not _token(b, t):
+        drop(b, i, RATE_LIMITED)
+        return
+    four = b.kind[i] == KIND_IP4
+    at, tcp = b.address[i] + b.l3[i], b.address[i] + b.l4[i]
+    flags = load8(tcp + wire.TCP_FLAGS)
+    data = b.l3[i] + b.ip_length[i] - b.l4[i] - (load8(tcp + wire.TCP_OFFSET) >> 4) * 4
+    if flags & wire.TCP_ACK:
+        sequence, acknowledged = load32be(tcp + wire.TCP_ACKNOWLEDGED), 0
+        answer_flags = wire.TCP_RST
+    else:
+        data += (flags & wire.TCP_SYN) // wire.TCP_SYN + (flags & wire.TCP_FIN)
+        sequence, acknowledged = 0, load32be(tcp + wire.TCP_SEQUENCE) + data
+        answer_flags = wire.TCP_RST | wire.TCP_ACK
+    ports = load32be(tcp)
+    if four:
+        from_hi, from_lo = ZERO, np.uint64(load32be(at + wire.IP4_TARGET))
+    else:
+        from_hi = load64be(at + wire.IP6_TARGET)
+        from_lo = load64be(at + wire.IP6_TARGET + 8)
+    to_hi, to_lo = b.source_hi[i], b.source_lo[i]
+    header = _header4(at, from_lo, to_lo) if four else _header6(at, from_hi, from_lo, to_hi, to_lo)
+    tcp = at + header
+    store32be(tcp, ((ports & 0xFFFF) << 16) | (ports >> 16))
+    store32be(tcp + wire.TCP_SEQUENCE, sequence)
+    store32be(tcp + wire.TCP_ACKNOWLEDGED, acknowledged & 0xFFFFFFFF)
+    store32be(tcp + wire.TCP_OFFSET, (5 << 28) | (answer_flags << 16))
+    store32be(tcp + wire.TCP_CHECKSUM, 0)
+    pseudo = sum16(at + wire.IP4_SOURCE, 8) if four else sum16(at + wire.IP6_SOURCE, 32)
+    check = fold16(pseudo + wire.TCP_LENGTH + wire.TCP + sum16(tcp, wire.TCP_LENGTH))
+    store16be(tcp + wire.TCP_CHECKSUM, ~check & 0xFFFF)
+    _settle_error(b, t, i, at, header + wire.TCP_LENGTH, wire.TCP, from_hi, from_lo)
+
+
+@inline
+def _header4(at, source, target):
+    """Write an IPv4 header for a reset; return its length."""
+    store32be(at, (0x45 << 24) | (wire.IP4_LENGTH + wire.TCP_LENGTH))
+    store32be(at + wire.IP4_ID, wire.IP4_DF)
+    store32be(at + wire.IP4_TTL, (TTL << 24) | (wire.TCP << 16))
+    store32be(at + wire.IP4_SOURCE, np.int64(source))
+    store32be(at + wire.IP4_TARGET, np.int64(target))
+    store16be(at + wire.IP4_CHECKSUM, ~fold16(sum16(at, wire.IP4_LENGTH)) & 0xFFFF)
+    return wire.IP4_LENGTH
+
+
+@inline
+def _header6(at, source_hi, source_lo, target_hi, target_lo):
+    """Write an IPv6 header for a reset; return its length."""
+    store32be(at, 6 << 28)
+    store32be(at + wire.IP6_PAYLOAD, (wire.TCP_LENGTH << 16) | (wire.TCP << 8) | TTL)
+    store64be(at + wire.IP6_SOURCE, source_hi)
+    store64be(at + wire.IP6_SOURCE + 8, source_lo)
+    store64be(at + wire.IP6_TARGET, target_hi)
+    store64be(at + wire.IP6_TARGET + 8, target_lo)
+    return wire.IP6_LENGTH
 
 
 @inline
@@ -329,11 +383,15 @@ def answer(b, t):
     for i in range(b.count[0]):
         if b.verdict[i] != VERDICT_PENDING:
             continue
-        if b.flags[i] & FLAG_ANSWER:
+        if b.flags[i] & FLAG_RESET:
+            _answer_reset(b, t, i)
+        elif b.flags[i] & FLAG_ANSWER:
             _answer_error(b, t, i)
         elif b.kind[i] == KIND_ARP:
             _answer_arp(b, t, i)
         elif b.kind[i] == KIND_IP6 and is_gateway_solicitation(b, t, i):
             _answer_nd(b, t, i)
-        elif t.adjacencies[b.adjacency[i]].kind == ADJACENCY_GATEWAY and _is_echo(b, i):
+        elif b.flags[i] & FLAG_ECHO:
+            _answer_echo(b, t, i)
+        elif t.adjacencies[b.adjacency[i]].kind == ADJACENCY_GATEWAY and is_echo(b, i):
             _answer_echo(b, t, i)

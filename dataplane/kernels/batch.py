@@ -22,6 +22,7 @@ SEGMENTS_MAX = CONST["SEGMENTS_MAX"]
 VERDICT_PENDING = 0  # goes on through the stages
 VERDICT_DROP = 1  # Batch.reason says why; the frame returns to the free list
 VERDICT_SEND = 2  # complete: transmit on Batch.egress as it stands
+VERDICT_HOLD = 3  # a fragment that waits for its first one: the engine keeps the frame
 
 # Batch.kind: what the packet is, as far as the stages care.
 KIND_OTHER = 0  # not classified (yet)
@@ -39,7 +40,18 @@ FLAG_OPTIONS = 32  # IPv4 options or IPv6 extension headers present
 FLAG_DECAPSULATED = 64  # came through the tunnel
 FLAG_LOCAL = 128  # made by this node: its TTL is not decremented
 FLAG_L2_MULTICAST = 256  # Ethernet destination is multicast or broadcast
-FLAG_ANSWER = 512  # judge: to be answered (ICMP error `answer_type`/`answer_code`)
+FLAG_ANSWER = 512  # to be answered by an ICMP error (`answer_type`/`answer_code`)
+FLAG_RESET = 1024  # to be answered by a TCP reset, with FLAG_ANSWER
+FLAG_ECHO = 2048  # an echo request to a service's address: to be answered
+FLAG_OUTSIDE = 4096  # came in on an uplink, not through the tunnel
+FLAG_NAT = 8192  # addresses or ports are to be rewritten: `nat_*`
+FLAG_RELATED = 16384  # an ICMP error about connection `connection`
+FLAG_AUDITED = 32768  # passes by policy audit only
+FLAG_NAT_SOURCE = 65536  # its source was made one of this node's own
+FLAG_ADMITTED = 131072  # was held as a fragment: `admit` has seen it
+
+WAY_ORIGINAL = 0  # Batch.way: as the connection's first packet
+WAY_REPLY = 1
 
 
 class Batch(NamedTuple):
@@ -47,6 +59,7 @@ class Batch(NamedTuple):
 
     count: np.ndarray  # int64[1]: packets in this vector
     now_ns: np.ndarray  # int64[1]: CLOCK_MONOTONIC at the start of the step
+    area: np.ndarray  # int64[1]: memory address that `frame` and `segment_frame` count from
     address: np.ndarray  # memory address of the first byte (Ethernet header)
     frame: np.ndarray  # UMEM chunk base of the first segment, offset from the start of the area
     length: np.ndarray  # bytes in the first segment
@@ -66,12 +79,14 @@ class Batch(NamedTuple):
     l4: np.ndarray  # offset of the transport header (after IPv6 extension headers)
     ip_length: np.ndarray  # total length of the IP packet, header included
     protocol: np.ndarray  # last next-header / IPv4 protocol
+    word: np.ndarray  # uint64: source port << 48 | target port << 32 | protocol << 8 | family
+    fragment: np.ndarray  # identification of a fragment
     source_hi: np.ndarray  # uint64
     source_lo: np.ndarray  # uint64
     target_hi: np.ndarray  # uint64: destination address
     target_lo: np.ndarray  # uint64
-    source_port: np.ndarray  # TCP, UDP, SCTP port; ICMP identifier for echo; else 0
-    target_port: np.ndarray
+    source_port: np.ndarray  # TCP, UDP, SCTP; identifier of an ICMP query; else 0
+    target_port: np.ndarray  # TCP, UDP, SCTP; identifier of an ICMP query's reply; else 0
     ttl: np.ndarray  # TTL / hop limit
     tos: np.ndarray  # TOS / traffic class
     hash: np.ndarray  # uint64: flow hash (addresses, protocol, ports)
@@ -81,11 +96,29 @@ class Batch(NamedTuple):
     answer_type: np.ndarray  # ICMP type of the error to send, with FLAG_ANSWER
     answer_code: np.ndarray
     answer_value: np.ndarray  # rest-of-header word: next-hop MTU for too-big
+    identity: np.ndarray  # of the source as the tunnel's VNI says, 0: it does not
+    connection: np.ndarray  # record of the connection, -1: none
+    way: np.ndarray  # WAY_*
+    refusal: np.ndarray  # verdict word of the policy that dropped it
+    source_identity: np.ndarray  # where a policy was asked
+    target_identity: np.ndarray
+    nat_source_hi: np.ndarray  # uint64: with FLAG_NAT, what the addresses and ports become
+    nat_source_lo: np.ndarray  # uint64
+    nat_target_hi: np.ndarray  # uint64
+    nat_target_lo: np.ndarray  # uint64
+    nat_ports: np.ndarray  # source port << 16 | target port
+    todo: np.ndarray  # packets that `connect` has to look at
+    todo_count: np.ndarray  # int64[1]
+    hashes: np.ndarray  # uint64: hash of the tuple, ports included
 
 
-_UNSIGNED = {"source_hi", "source_lo", "target_hi", "target_lo", "hash", "remote_hi", "remote_lo"}
+_UNSIGNED = {
+    f"{name}_{half}"
+    for name in ("source", "target", "remote", "nat_source", "nat_target")
+    for half in ("hi", "lo")
+} | {"hash", "hashes", "word"}
 _SEGMENTS = {"segment_frame", "segment_offset", "segment_length"}
-_SINGLE = {"count", "now_ns"}
+_SINGLE = {"count", "now_ns", "area", "todo_count"}
 
 
 def make_batch() -> Batch:

@@ -32,8 +32,9 @@ from dataplane.kernels.house import (
     store32be,
 )
 from dataplane.kernels.parse import drop, parse_one
-from xdp.abi import value
+from xdp.abi import CONST, value
 
+NODE_IDENTITY_VNI = CONST["NODE_IDENTITY_VNI"]
 TUNNEL_VXLAN = value("TUNNEL_VXLAN")
 INVALID_TUNNEL = value("REASON_INVALID_TUNNEL")
 CRITICAL_OPTION = value("REASON_CRITICAL_OPTION")
@@ -52,10 +53,21 @@ def _vxlan(b, t, i, at):
     if not load8(at) & wire.VXLAN_VALID:
         drop(b, i, INVALID_TUNNEL)
         return 0
-    if load32be(at + wire.VXLAN_VNI) >> 8 != np.int64(t.node[0].vni):
-        drop(b, i, WRONG_VNI)
+    if not _accepts(b, t, i, load32be(at + wire.VXLAN_VNI) >> 8):
         return 0
     return wire.VXLAN_LENGTH
+
+
+@inline
+def _accepts(b, t, i, vni):
+    """Whether a VNI is ours; where it carries an identity, any is, and the identity is kept."""
+    if t.node[0].flags & NODE_IDENTITY_VNI:
+        b.identity[i] = vni
+        return True
+    if vni == np.int64(t.node[0].vni):
+        return True
+    drop(b, i, WRONG_VNI)
+    return False
 
 
 @inline
@@ -72,8 +84,7 @@ def _geneve(b, t, i, at, room):
     if load8(at + 1) & wire.GENEVE_CRITICAL:
         drop(b, i, CRITICAL_OPTION)
         return 0
-    if load32be(at + wire.GENEVE_VNI) >> 8 != np.int64(t.node[0].vni):
-        drop(b, i, WRONG_VNI)
+    if not _accepts(b, t, i, load32be(at + wire.GENEVE_VNI) >> 8):
         return 0
     option = at + wire.GENEVE_LENGTH
     end = at + size

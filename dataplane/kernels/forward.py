@@ -16,6 +16,7 @@ import numpy as np
 from dataplane.kernels import wire
 from dataplane.kernels.batch import (
     FLAG_LOCAL,
+    FLAG_NAT_SOURCE,
     KIND_IP4,
     KIND_IP6,
     VERDICT_PENDING,
@@ -43,6 +44,11 @@ UNKNOWN_TARGET = value("REASON_UNKNOWN_TARGET")
 HEADER_MAX = CONST["HEADER_MAX"]
 LABEL_MASK = np.uint64(0xFFFFF)
 PORT_MASK = np.uint64(wire.TUNNEL_PORTS_MASK)
+
+PORT_POD = value("PORT_POD")
+REMOTE_NODE = value("IDENTITY_REMOTE_NODE")
+NODE_IDENTITY_VNI = CONST["NODE_IDENTITY_VNI"]
+VNI_FROM_END = wire.ETHER_LENGTH + wire.VXLAN_LENGTH - wire.VXLAN_VNI
 
 OUTER = wire.ETHER_LENGTH
 OUTER_UDP4 = OUTER + wire.IP4_LENGTH
@@ -74,8 +80,19 @@ def _copy_template(at, template, size):
 
 
 @inline
-def _patch_outer(b, i, at, size, row):
-    """Fill the outer header's lengths, TOS, checksum, source port; at: start of the frame."""
+def _vni(b, t, i):
+    """The identity that a packet carries through the tunnel: its pod's, or that of a node."""
+    pod = t.ports[b.ingress[i]].kind == PORT_POD
+    if pod and not b.flags[i] & (FLAG_LOCAL | FLAG_NAT_SOURCE):
+        return np.int64(t.subjects[b.ingress[i]].identity)
+    return REMOTE_NODE
+
+
+@inline
+def _patch_outer(b, t, i, at, size, row):
+    """Fill the outer header's lengths, TOS, checksum, source port, VNI; at: start of the frame."""
+    if t.node[0].flags & NODE_IDENTITY_VNI:  # VXLAN and Geneve have it in the same place
+        store32be(at + size - VNI_FROM_END, _vni(b, t, i) << 8)
     payload = size + b.ip_length[i]
     source = wire.TUNNEL_PORTS_BASE + np.int64(b.hash[i] & PORT_MASK)
     if row.tunnel_family == 4:
@@ -105,7 +122,7 @@ def _forward_one(b, t, i, rewrites):
     at = b.address[i] + moved
     _copy_template(at, rewrites + b.adjacency[i] * HEADER_MAX, size)
     if row.tunnel_family:
-        _patch_outer(b, i, at, size, row)
+        _patch_outer(b, t, i, at, size, row)
     b.address[i] = at
     if b.total[i] > b.length[i]:
         b.length[i] -= moved

@@ -5,7 +5,9 @@ Rule: every compiled function is made by `kernel` or `inline` of this file, neve
 Theory. A kernel takes arrays and numbers, gives arrays and numbers, and does not allocate, raise,
 log or read a clock. `_nrt=False` takes numba's reference counting away: counting the arrays of a
 NamedTuple at every call of a helper cost 1.4 us a packet (decision 1). `inline` functions are
-inlined by LLVM (alwaysinline), so a helper may take the whole Batch or Tables at no cost.
+inlined by LLVM (alwaysinline), so a helper may take the whole Batch or Tables at no cost. `outline`
+functions are called: they take numbers only (a tuple of arrays would be copied at each call), and
+keep what is rare out of the way of what is not.
 Arithmetic is kept in int64: numba promotes uint64 + int64 to float64, so uint64 is used for
 address halves and hashes only, and only with other uint64.
 
@@ -36,6 +38,11 @@ def kernel(function):
 def inline(function):
     """Compile a helper of kernels; LLVM inlines it into each caller."""
     return njit(forceinline=True, **_OPTIONS)(function)
+
+
+def outline(function):
+    """Compile a helper that is called, not inlined; arguments are numbers."""
+    return njit(**_OPTIONS)(function)
 
 
 def _load(bits: int, swap: bool):
@@ -181,6 +188,78 @@ def store64_release(typing, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+def _compare_and_swap(bits: int):
+    width = ir.IntType(bits)
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], width.as_pointer())
+        old, new = (builder.trunc(arg, width) if bits < 64 else arg for arg in args[1:])
+        done = builder.cmpxchg(pointer, old, new, "acq_rel", "acquire")
+        return builder.extract_value(done, 1)
+
+    return generate
+
+
+@intrinsic
+def swap32(typing, address, old, new):
+    """Store `new` where `old` stands, atomically, in a native 32-bit word; False: it did not."""
+    return types.boolean(types.int64, types.int64, types.int64), _compare_and_swap(32)
+
+
+@intrinsic
+def swap64(typing, address, old, new):
+    """Store `new` where `old` stands, atomically, in a native 64-bit word; False: it did not."""
+    return types.boolean(types.int64, types.int64, types.int64), _compare_and_swap(64)
+
+
+@intrinsic
+def add32(typing, address, value):
+    """Add to a native 32-bit word, atomically; return what stood there."""
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(32).as_pointer())
+        number = builder.trunc(args[1], ir.IntType(32))
+        old = builder.atomic_rmw("add", pointer, number, "monotonic")
+        return builder.zext(old, ir.IntType(64))
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def match8(typing, address, tag):
+    """Compare the upper halves of eight 64-bit words (one cache line) with a 32-bit tag.
+
+    Bits 0-7 of the result: words that match; bits 8-15: words that are 0.
+    """
+
+    def generate(context, builder, signature, args):
+        i8, i32, i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+        vector, half = ir.VectorType(i64, 8), ir.VectorType(i32, 8)
+        words = builder.load(builder.inttoptr(args[0], vector.as_pointer()), align=64)
+        tag = builder.trunc(args[1], i32)
+        wanted = ir.Constant(half, ir.Undefined)
+        for n in range(8):
+            wanted = builder.insert_element(wanted, tag, ir.Constant(i32, n))
+        shift = ir.Constant(vector, [32] * 8)
+        upper = builder.trunc(builder.lshr(words, shift), half)
+        same = builder.bitcast(builder.icmp_unsigned("==", upper, wanted), i8)
+        none = builder.icmp_unsigned("==", words, ir.Constant(vector, [0] * 8))
+        empty = builder.zext(builder.bitcast(none, i8), i64)
+        return builder.or_(builder.zext(same, i64), builder.shl(empty, ir.Constant(i64, 8)))
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def lowest_bit(typing, value):
+    """Index of the lowest set bit of a nonzero int64."""
+
+    def generate(context, builder, signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), generate
 
 
 @intrinsic

@@ -61,6 +61,7 @@ TOP10 = np.uint64(54)
 MULTICAST = np.uint64(0xFF)  # ff00::/8
 LINK_LOCAL = np.uint64(0x3FA)  # fe80::/10
 ZERO = np.uint64(0)
+NO_PORTS = np.uint64(0xFFFFFFFF)
 
 
 @inline
@@ -71,23 +72,30 @@ def drop(b, i, reason):
 
 
 @inline
-def _mix(source_hi, source_lo, target_hi, target_lo, word):
-    """Mix four address halves and a word of protocol and ports into 64 bits."""
+def mix(source_hi, source_lo, target_hi, target_lo, word):
+    """Mix four address halves and a tuple's word into 64 bits: the hash of a flow."""
     h = (source_lo ^ (source_hi * MIX_B)) * MIX_A
     h ^= h >> SHIFT
     h = (h ^ target_lo ^ (target_hi * MIX_C)) * MIX_B
     h ^= h >> SHIFT
-    h = (h ^ np.uint64(word)) * MIX_C
+    h = (h ^ word) * MIX_C
+    h = (h ^ (h >> SHIFT)) * MIX_A  # ports stand high in the word: bring them down
     return h ^ (h >> SHIFT)
 
 
 @inline
+def tuple_word(source_port, target_port, protocol, kind):
+    """The part of a tuple beside its addresses, as struct connection keeps it."""
+    return np.uint64((source_port << 48) | (target_port << 32) | (protocol << 8) | kind)
+
+
+@inline
 def flow_hash(b, i):
-    """Hash of packet i by its columns, as parse computes it."""
-    word = b.protocol[i]
-    if not b.flags[i] & FLAG_FRAGMENT:
-        word |= (b.source_port[i] << 32) | (b.target_port[i] << 8)
-    return _mix(b.source_hi[i], b.source_lo[i], b.target_hi[i], b.target_lo[i], word)
+    """Hash of packet i by its columns, as parse computes it: without ports for a fragment."""
+    word = tuple_word(b.source_port[i], b.target_port[i], b.protocol[i], b.kind[i])
+    if b.flags[i] & FLAG_FRAGMENT:
+        word &= NO_PORTS
+    return mix(b.source_hi[i], b.source_lo[i], b.target_hi[i], b.target_lo[i], word)
 
 
 @inline
@@ -98,22 +106,55 @@ def _settle(b, i, ports):
         return
     b.source_port[i] = ports >> 16
     b.target_port[i] = ports & 0xFFFF
-    b.hash[i] = flow_hash(b, i)
+    word = tuple_word(ports >> 16, ports & 0xFFFF, b.protocol[i], b.kind[i])
+    b.word[i] = word
+    if b.flags[i] & FLAG_FRAGMENT:
+        word &= NO_PORTS
+    b.hash[i] = mix(b.source_hi[i], b.source_lo[i], b.target_hi[i], b.target_lo[i], word)
+
+
+@inline
+def query_ports(protocol, at):
+    """Ports word of the ICMP or ICMPv6 message at `at`, -1 when it has no identifier.
+
+    The identifier of a query (echo, timestamp, information, mask: RFC 792, 950) is its source port
+    and its reply's target port, so that a reply's tuple is the query's turned round.
+    """
+    kind = load8(at)
+    if protocol == wire.ICMP:
+        query = kind == wire.ICMP_ECHO or kind == 13 or kind == 15 or kind == 17
+        reply = kind == wire.ICMP_ECHO_REPLY or kind == 14 or kind == 16 or kind == 18
+    else:
+        query = kind == wire.ICMP6_ECHO
+        reply = kind == wire.ICMP6_ECHO_REPLY
+    if query:
+        return load16be(at + wire.ICMP_REST) << 16
+    return load16be(at + wire.ICMP_REST) if reply else -1
+
+
+@inline
+def is_echo(b, i):
+    """True for a whole echo request without options: one that can be answered in place."""
+    if b.flags[i] & (FLAG_FRAGMENT | FLAG_OPTIONS):
+        return False
+    at = b.address[i] + b.l4[i]
+    if b.kind[i] == KIND_IP4:
+        return b.protocol[i] == wire.ICMP and load8(at) == wire.ICMP_ECHO
+    return b.protocol[i] == wire.ICMP6 and load8(at) == wire.ICMP6_ECHO
 
 
 @inline
 def _icmp(b, i, at, protocol):
-    """Ports word of ICMP or ICMPv6: the identifier of an echo; flags errors."""
+    """Ports word of ICMP or ICMPv6; flags errors."""
     kind = load8(at)
     if protocol == wire.ICMP:
         error = 3 <= kind <= 5 or kind == 11 or kind == 12
-        echo = kind == wire.ICMP_ECHO or kind == wire.ICMP_ECHO_REPLY
     else:
         error = kind < 128 or kind == 137
-        echo = kind == wire.ICMP6_ECHO or kind == wire.ICMP6_ECHO_REPLY
     if error:
         b.flags[i] |= FLAG_ICMP_ERROR
-    return load16be(at + wire.ICMP_REST) << 16 if echo else 0
+    ports = query_ports(protocol, at)
+    return ports if ports > 0 else 0
 
 
 @inline
@@ -202,6 +243,7 @@ def _ip4(b, i, at, reach):
         flags |= FLAG_FRAGMENT
         whole = 65535
         offset = (word & wire.IP4_OFFSET) * 8
+        b.fragment[i] = load16be(at + wire.IP4_ID)
         if offset:
             flags |= FLAG_LATER_FRAGMENT
         if offset + room > 65535 or (offset == 8 and protocol == wire.TCP):
@@ -243,6 +285,7 @@ def _extensions(b, i, at, end, protocol):
             size = 8
             word = load16be(at + 2)
             offset = word & 0xFFF8
+            b.fragment[i] = load32be(at + 4)
             if word & 0xFFF9:
                 b.flags[i] |= FLAG_FRAGMENT
             if offset:
@@ -325,6 +368,7 @@ def parse_one(b, i):
     b.source_port[i] = 0
     b.target_port[i] = 0
     b.protocol[i] = 0
+    b.word[i] = ZERO
     b.hash[i] = ZERO
     b.l3[i] = wire.ETHER_LENGTH
     reach = b.length[i] - wire.ETHER_LENGTH

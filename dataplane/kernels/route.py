@@ -1,4 +1,4 @@
-"""Longest prefix match: destination address -> row of the adjacency table.
+"""Longest prefix match: address -> row of the adjacency table, or of the peer table.
 
 Rule: a lookup reads one or two words for IPv4, and one run of slots a prefix length for IPv6; it
 returns 0 when there is no route.
@@ -22,6 +22,7 @@ from dataplane.kernels.house import highest_bit, inline, kernel, prefetch
 from xdp.abi import CONST
 
 FIB6_MASK = np.uint64(CONST["FIB6_SLOTS"] - 1)
+IPCACHE6_MASK = np.uint64(CONST["IPCACHE6_SLOTS"] - 1)
 FIB6_PROBES_MAX = CONST["FIB6_PROBES_MAX"]
 INDEX_MASK = 0xFFFFFF
 EXTENDED = 1 << 31
@@ -35,58 +36,61 @@ ONE = np.uint64(1)
 
 
 @inline
-def lookup4(t, address):
-    """Adjacency of an IPv4 address (int64), 0: no route."""
-    word = np.int64(t.fib4_wide[address >> 8])
+def _longest4(wide, deep, address):
+    """Index of the longest prefix over an IPv4 address (int64), 0: none."""
+    word = np.int64(wide[address >> 8])
     if word & EXTENDED:
-        word = np.int64(t.fib4_deep[((word & INDEX_MASK) << 8) + (address & 255)])
+        word = np.int64(deep[((word & INDEX_MASK) << 8) + (address & 255)])
     return word & INDEX_MASK
 
 
 @inline
-def slot6(hi, lo, depth):
+def slot6(hi, lo, depth, mask):
     """First slot of a prefix of `depth` - 1 bits; the table's writer uses the same mix."""
     h = (hi * MIX_A) ^ ((lo + np.uint64(depth)) * MIX_B)
     h ^= h >> np.uint64(32)
     h *= MIX_C
     h ^= h >> np.uint64(29)
-    return np.int64(h & FIB6_MASK)
+    return np.int64(h & mask)
 
 
 @inline
-def _find6(t, hi, lo, depth):
-    slot = slot6(hi, lo, depth)
+def _find6(entries, mask, hi, lo, depth):
+    slot = slot6(hi, lo, depth, mask)
     for n in range(FIB6_PROBES_MAX):
-        at = (slot + n) & np.int64(FIB6_MASK)
-        found = t.fib6[at].depth
+        at = (slot + n) & np.int64(mask)
+        found = entries[at].depth
         if found == 0:
             return -1
-        if found == depth and t.fib6[at].hi == hi and t.fib6[at].lo == lo:
-            return np.int64(t.fib6[at].index)
+        if found == depth and entries[at].hi == hi and entries[at].lo == lo:
+            return np.int64(entries[at].index)
     return -1
 
 
 @inline
-def lookup6(t, hi, lo):
-    """Adjacency of an IPv6 address (two uint64 halves), 0: no route."""
+def _longest6(entries, lengths, mask, hi, lo):
+    """Index of the longest prefix over an IPv6 address (two uint64 halves), 0: none."""
     for step in range(3):
         word = 2 - step
-        bits = t.fib6_lengths[word]
+        bits = lengths[word]
         while bits != ZERO:
             bit = highest_bit(bits)
             bits ^= ONE << np.uint64(bit)
             length = word * 64 + bit
             if length >= 128:
-                found = _find6(t, hi, lo, length + 1)
+                found = _find6(entries, mask, hi, lo, length + 1)
             elif length > 64:
-                mask = ONES << np.uint64(128 - length)
-                found = _find6(t, hi, lo & mask, length + 1)
+                found = _find6(
+                    entries, mask, hi, lo & (ONES << np.uint64(128 - length)), length + 1
+                )
             elif length == 64:
-                found = _find6(t, hi, ZERO, length + 1)
+                found = _find6(entries, mask, hi, ZERO, length + 1)
             elif length > 0:
-                found = _find6(t, hi & (ONES << np.uint64(64 - length)), ZERO, length + 1)
+                found = _find6(
+                    entries, mask, hi & (ONES << np.uint64(64 - length)), ZERO, length + 1
+                )
             else:
-                found = _find6(t, ZERO, ZERO, 1)
+                found = _find6(entries, mask, ZERO, ZERO, 1)
             if found >= 0:
                 return found
     return 0
@@ -96,8 +100,16 @@ def lookup6(t, hi, lo):
 def lookup(t, kind, hi, lo):
     """Adjacency of an address of family KIND_IP4 or KIND_IP6, 0: no route."""
     if kind == KIND_IP4:
-        return lookup4(t, np.int64(lo))
-    return lookup6(t, hi, lo)
+        return _longest4(t.fib4_wide, t.fib4_deep, np.int64(lo))
+    return _longest6(t.fib6, t.fib6_lengths, FIB6_MASK, hi, lo)
+
+
+@inline
+def peer_of(t, kind, hi, lo):
+    """Row of the peer table of an address of family KIND_IP4 or KIND_IP6, 0: not known."""
+    if kind == KIND_IP4:
+        return _longest4(t.ipcache4_wide, t.ipcache4_deep, np.int64(lo))
+    return _longest6(t.ipcache6, t.ipcache6_lengths, IPCACHE6_MASK, hi, lo)
 
 
 @kernel

@@ -72,9 +72,16 @@ MOBILITY = 135
 UDP_LENGTH_FIELD = 4
 UDP_CHECKSUM = 6
 UDP_LENGTH = 8
+TCP_SEQUENCE = 4
+TCP_ACKNOWLEDGED = 8
 TCP_OFFSET = 12
+TCP_FLAGS = 13
+TCP_CHECKSUM = 16
 TCP_LENGTH = 20
-SCTP_LENGTH = 12
+TCP_FIN, TCP_SYN, TCP_RST, TCP_ACK = 1, 2, 4, 16
+SCTP_CHECKSUM = 8
+SCTP_CHUNK = 12  # type of the first chunk
+SCTP_LENGTH = 16  # with the header of the first chunk, which every packet has
 
 # ICMP and ICMPv6: type, code, checksum, rest of header
 ICMP_CODE = 1

@@ -28,8 +28,9 @@ def flow_hash(found: dict) -> int:
     mixed = (mixed ^ (target & MASK64) ^ ((target >> 64) * c & MASK64)) * b & MASK64
     mixed ^= mixed >> 32
     source_port, target_port = (0, 0) if found["fragment"] else found["ports"]
-    word = source_port << 32 | target_port << 8 | found["protocol"]
+    word = source_port << 48 | target_port << 32 | found["protocol"] << 8 | found["kind"]
     mixed = (mixed ^ word) * c & MASK64
+    mixed = (mixed ^ (mixed >> 32)) * a & MASK64
     return mixed ^ (mixed >> 32)
 
 

@@ -149,14 +149,17 @@ def ports(segment: bytes, protocol: int, fragment: bool) -> tuple[int, int]:
         if size < 8 or (size > len(segment) and not fragment):
             raise Refused("INVALID_PACKET")
     elif protocol == 132:
-        if len(segment) < 12:
+        if len(segment) < 16:
             raise Refused("INVALID_PACKET")
     elif protocol in (1, 58):
         if len(segment) < 8:
             raise Refused("INVALID_PACKET")
-        echo = (0, 8) if protocol == 1 else (128, 129)
+        queries, replies = ((8, 13, 15, 17), (0, 14, 16, 18)) if protocol == 1 else ((128,), (129,))
         identifier = struct.unpack(">H", segment[4:6])[0]
-        return (identifier if segment[0] in echo else 0, 0)
+        return (
+            identifier if segment[0] in queries else 0,
+            identifier if segment[0] in replies else 0,
+        )
     else:
         return (0, 0)
     return struct.unpack(">HH", segment[:4])

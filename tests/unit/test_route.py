@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataplane.kernels.batch import KIND_IP4, KIND_IP6
 from dataplane.kernels.house import kernel
-from dataplane.kernels.route import lookup4, lookup6, slot6
+from dataplane.kernels.route import FIB6_MASK, lookup, slot6
 from dataplane.tables import fib6
 from dataplane.tables.model import Adjacency
 from dataplane.tables.shm import Shm
@@ -21,17 +22,17 @@ MASK64 = (1 << 64) - 1
 
 @kernel
 def _lookup4(t, address):
-    return lookup4(t, address)
+    return lookup(t, KIND_IP4, np.uint64(0), np.uint64(address))
 
 
 @kernel
 def _lookup6(t, hi, lo):
-    return lookup6(t, hi, lo)
+    return lookup(t, KIND_IP6, hi, lo)
 
 
 @kernel
 def _slot6(hi, lo, depth):
-    return slot6(hi, lo, depth)
+    return slot6(hi, lo, depth, FIB6_MASK)
 
 
 def prefixes(kind, bits, lengths):

@@ -20,6 +20,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include "abi.h"
+#include "nat.h"
 #include "frontends.h"
 
 struct {
@@ -87,6 +88,8 @@ static __always_inline int ours4(const struct steering *s, const struct iphdr *i
   for (__u32 n = 0; n < PREFIXES_MAX && n < s->prefix4_count; n++)
     if (in_prefix(&s->prefix4[n], &target, 1))
       return 1;
+  if (s->nat4_be && target == s->nat4_be && nat_ours4(ip, end))
+    return 1;
   if (!s->tunnel_port_be || ip->ihl != 5 || ip->protocol != IPPROTO_UDP ||
       (ip->frag_off & bpf_htons(0x3fff)))
     return 0;
@@ -101,6 +104,14 @@ static __always_inline int ours4(const struct steering *s, const struct iphdr *i
   return 0;
 }
 
+static __always_inline int is_nat6(const struct steering *s, const __u32 *target)
+{
+  const __u32 *nat = (const __u32 *)s->nat6;
+
+  return (nat[0] | nat[1] | nat[2] | nat[3]) && nat[0] == target[0] && nat[1] == target[1] &&
+         nat[2] == target[2] && nat[3] == target[3];
+}
+
 static __always_inline int ours6(const struct steering *s, const struct ipv6hdr *ip, void *end)
 {
   __u32 target[4];
@@ -109,6 +120,8 @@ static __always_inline int ours6(const struct steering *s, const struct ipv6hdr 
   for (__u32 n = 0; n < PREFIXES_MAX && n < s->prefix6_count; n++)
     if (in_prefix(&s->prefix6[n], target, 4))
       return 1;
+  if (is_nat6(s, target) && nat_ours6(ip, end))
+    return 1;
   if (!s->tunnel_port_be || ip->nexthdr != IPPROTO_UDP)
     return 0;
 

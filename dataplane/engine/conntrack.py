@@ -1,0 +1,131 @@
+"""The table of connections as the forwarder owns it: taken up at the start, swept while it runs.
+
+Rule: connections outlive the forwarder; what a new one finds, it goes on with.
+
+Theory. The records are in shared memory. A forwarder that starts indexes them anew (the index may
+have been left half written, and its size follows the configuration) and counts the NAT ports again.
+While it runs, `sweep` goes over the used part once a second or, when that is large, SLICE records a
+second, beside the workers and without their help, so ageing costs a packet nothing. Its gauges are
+what `penstock ct` and metrics show: connections that live, and how much of the table that is.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from dataplane.kernels.connections import (
+    FIRST,
+    HAND,
+    LIMIT,
+    LIMIT_LEAST,
+    MASK,
+    MOST,
+    Tracker,
+    make_tracker,
+    restore,
+    sweep,
+)
+from xdp.abi import CONST, DTYPE
+
+SLICE = 1 << 19  # records a call of `sweep` looks at, about 3 ms
+WARN_PERCENT = 80
+NAT_PORTS = CONST["NAT_PROTOCOLS"] << 16
+DEFAULT = 1 << 17  # records, where the agent has not said
+
+
+class Conntrack:
+    """Trackers of all workers over one table, and its sweeper."""
+
+    def __init__(self, shm: Any, nat_ports: np.ndarray, workers: int) -> None:
+        """Take up what stands. nat_ports: uint32[NAT_PORTS], zeroed; the workers do not run yet."""
+        self._shm, self._nat_ports = shm, nat_ports
+        wanted = int(shm.node[0]["connections"]) or DEFAULT
+        self.records = max(CONST["CONNECTIONS_LEAST"], min(wanted, CONST["CONNECTIONS_MOST"]))
+        shm.track_counters[:] = np.zeros((), DTYPE["track_counter"])
+        self.trackers = [
+            make_tracker(
+                shm.track_counters[n : n + 1],
+                shm.exhausted[n],
+                nat_ports,
+                self.records,
+                n,
+                workers,
+            )
+            for n in range(workers)
+        ]
+        self._counters = shm.track_counters[-1]
+        self._position = (0, 0)  # worker, record within its part
+        self._passing = [0, 0]  # live and established so far in this pass
+        self.live = self.established = 0
+        self._restore()
+
+    @property
+    def pressure_percent(self) -> float:
+        """Live connections, in percent of the table."""
+        return 100.0 * self.live / self.records
+
+    def _restore(self) -> None:
+        """Index every record that a predecessor left."""
+        shm = self._shm
+        shm.clear("connection_index")
+        mask = int(self.trackers[0].words[MASK])
+        highest = 0
+        for first, end in shm.extents("connections"):
+            usable = min(end, self.records)
+            if first < usable:
+                live, last = restore(
+                    shm.connections, shm.connection_index, self._nat_ports, mask, first, usable
+                )
+                self.live += live
+                highest = max(highest, last)
+        for tracker in self.trackers:
+            words = tracker.words
+            used = min(max(highest - int(words[FIRST]), LIMIT_LEAST), int(words[MOST]))
+            while int(words[LIMIT]) < used:
+                words[LIMIT] = min(int(words[LIMIT]) * 2, int(words[MOST]))
+            words[HAND] = 0
+            tracker.counters[0]["limit"] = words[LIMIT]
+
+    def sweep(self) -> bool:
+        """Look at the next SLICE records; True when a pass over all has come to its end."""
+        worker, position = self._position
+        left = SLICE
+        tick = time.clock_gettime_ns(time.CLOCK_MONOTONIC) >> CONST["TICK_SHIFT"]
+        while left > 0 and worker < len(self.trackers):
+            words = self.trackers[worker].words
+            end = min(int(words[LIMIT]), position + left)
+            first = int(words[FIRST])
+            live, established, removed = sweep(
+                self._shm.connections,
+                self._shm.connection_index,
+                self._nat_ports,
+                self._shm.node[0]["timeout_s"],
+                int(words[MASK]),
+                first + position,
+                first + end,
+                tick,
+            )
+            self._passing[0] += live
+            self._passing[1] += established
+            self._counters["expired"] += np.uint64(removed)
+            left -= end - position
+            worker, position = (worker + 1, 0) if end >= int(words[LIMIT]) else (worker, end)
+        self._position = (worker, position)
+        if worker < len(self.trackers):
+            return False
+        self.live, self.established = self._passing
+        self._passing, self._position = [0, 0], (0, 0)
+        return True
+
+    def view(self) -> dict[str, Any]:
+        """Return the gauges as plain data."""
+        return {
+            "connections": self.live,
+            "established": self.established,
+            "limit": self.records,
+            "pressure_percent": round(self.pressure_percent, 1),
+        }
+
+
+__all__ = ["NAT_PORTS", "WARN_PERCENT", "Conntrack", "Tracker"]

@@ -1,0 +1,456 @@
+"""The first packet of a connection, and the first one after a change of policy.
+
+Rule: nothing passes here that a policy has not allowed; a record exists only for what may pass.
+
+Theory. The order is Cilium's (bpf/bpf_lxc.c): service, then policies on the translated tuple, then the
+source. `track` has put on the list what it could not settle: new connections, ICMP errors, and live
+ones that were judged by older policies; those keep their record and are judged again, and one that may
+no longer pass keeps it too, so that its packets are refused at once. A packet from outside the
+cluster that belongs to no connection and no service goes to the node's own stack untouched.
+"""
+
+import numpy as np
+
+from dataplane.kernels import wire
+from dataplane.kernels.batch import (
+    FLAG_AUDITED,
+    FLAG_ECHO,
+    FLAG_ICMP_ERROR,
+    FLAG_LATER_FRAGMENT,
+    FLAG_NAT,
+    FLAG_OUTSIDE,
+    FLAG_RELATED,
+    KIND_IP4,
+    WAY_ORIGINAL,
+)
+from dataplane.kernels.connections import (
+    CLAIMED,
+    FLAGS,
+    GENERATION,
+    JUDGEMENT,
+    LINE,
+    LIVE,
+    MASK,
+    OWNER,
+    RECORD,
+    TICK,
+    WORD,
+    WORKERS,
+    allocate,
+    count_port,
+    find,
+    offset,
+    publish,
+    release,
+    remove,
+    unlink,
+)
+from dataplane.kernels.house import (
+    inline,
+    kernel,
+    load8,
+    load32,
+    load64,
+    swap32,
+)
+from dataplane.kernels.nat import NO_PORT, note_exhausted, take_port
+from dataplane.kernels.parse import drop, is_echo, mix, tuple_word
+from dataplane.kernels.refuse import deny, reject
+from dataplane.kernels.related import find_related
+from dataplane.kernels.route import lookup, peer_of
+from dataplane.kernels.service import choose, find_frontend, may_come
+from dataplane.kernels.states import SYN_SENT, first_state
+from dataplane.kernels.track import count, is_new, settle, translated
+from dataplane.kernels.verdict import judge_both
+from xdp.abi import CONST, value
+
+PORT_POD, PORT_HOST, PORT_UPLINK = (value(f"PORT_{name}") for name in ("POD", "HOST", "UPLINK"))
+ADJACENCY_POD = value("ADJACENCY_POD")
+ADJACENCY_HOST = value("ADJACENCY_HOST")
+ADJACENCY_GATEWAY = value("ADJACENCY_GATEWAY")
+ADJACENCY_NEXTHOP = value("ADJACENCY_NEXTHOP")
+ADJACENCY_TUNNEL = value("ADJACENCY_TUNNEL")
+BACKEND_EMPTY = value("BACKEND_EMPTY")
+
+CT_INVALID = value("REASON_CT_INVALID")
+INSERTION_FAILED = value("REASON_CT_INSERTION_FAILED")
+NO_BACKEND = value("REASON_NO_BACKEND")
+NO_NAT_MAPPING = value("REASON_NO_NAT_MAPPING")
+NAT_UNSUPPORTED = value("REASON_NAT_UNSUPPORTED")
+IS_CLUSTER_IP = value("REASON_IS_CLUSTER_IP")
+SOURCE_RANGE = value("REASON_SOURCE_RANGE")
+
+NODE_REJECT = CONST["NODE_REJECT"]
+PEER_KEEP_SOURCE = CONST["PEER_KEEP_SOURCE"]
+SERVICE_CLUSTER_IP = CONST["SERVICE_CLUSTER_IP"]
+NAT_SOURCE = CONST["CONNECTION_FLAG_NAT_SOURCE"]
+NAT_TARGET = CONST["CONNECTION_FLAG_NAT_TARGET"]
+DENIED = CONST["CONNECTION_FLAG_DENIED"]
+AUDITED = CONST["CONNECTION_FLAG_AUDITED"]
+PORT_TAKEN = CONST["CONNECTION_FLAG_PORT_TAKEN"]
+HAIRPIN = CONST["CONNECTION_FLAG_HAIRPIN"]
+OUTSIDE = CONST["CONNECTION_FLAG_OUTSIDE"]
+
+REFUSAL, REASON = offset("refusal"), offset("reason")
+ZERO = np.uint64(0)
+
+
+@inline
+def _to_service(b, t, k, i):
+    """Row of the service that packet i is for, after the target has become a backend's.
+
+    0: for none; -1: refused, or answered. Returns (service, backend, port), the port of the target.
+    """
+    none = np.int64(0)
+    port = b.target_port[i]
+    frontends = t.frontends.ctypes.data
+    hi, lo, protocol = b.target_hi[i], b.target_lo[i], b.protocol[i]
+    transport = protocol == wire.TCP or protocol == wire.UDP or protocol == wire.SCTP
+    service = find_frontend(frontends, hi, lo, port, protocol) if transport else none
+    outside = (b.flags[i] & FLAG_OUTSIDE) != 0
+    if service == 0:
+        service = find_frontend(frontends, hi, lo, none, none)
+        if service == 0:
+            return none, none, port
+        if outside and t.services[service].flags & SERVICE_CLUSTER_IP:
+            drop(b, i, IS_CLUSTER_IP)
+        elif is_echo(b, i):
+            b.flags[i] |= FLAG_ECHO
+        else:
+            _no_backend(b, t, i)
+        return np.int64(-1), none, port
+    row = t.services[service]
+    if outside:
+        if row.flags & SERVICE_CLUSTER_IP:
+            drop(b, i, IS_CLUSTER_IP)
+            return np.int64(-1), none, port
+        if row.sources != ZERO and not may_come(t, row.sources, b.source_hi[i], b.source_lo[i]):
+            drop(b, i, SOURCE_RANGE)
+            return np.int64(-1), none, port
+    source_hi, source_lo = b.source_hi[i], b.source_lo[i]
+    backend = choose(t, service, outside, source_hi, source_lo, b.hashes[i], k.words[TICK])
+    if backend == 0:
+        _no_backend(b, t, i)
+        return np.int64(-1), none, port
+    b.target_hi[i] = t.backends[backend].hi
+    b.target_lo[i] = t.backends[backend].lo
+    return service, backend, np.int64(t.backends[backend].port)
+
+
+@inline
+def _no_backend(b, t, i):
+    if t.node[0].flags & NODE_REJECT:
+        reject(b, i, NO_BACKEND)
+    else:
+        drop(b, i, NO_BACKEND)
+
+
+@inline
+def _l4(b, i, port):
+    """What policies see in the place of a port: the port, or the ICMP type."""
+    if b.protocol[i] == wire.ICMP or b.protocol[i] == wire.ICMP6:
+        if b.flags[i] & FLAG_LATER_FRAGMENT:
+            return np.int64(0)
+        return load8(b.address[i] + b.l4[i])
+    return port
+
+
+@inline
+def _node_source(t, four):
+    """The node's own address as a source: as configured for masquerading, else the router's."""
+    node = t.node[0]
+    if four:
+        return ZERO, node.masquerade4 if node.masquerade4 != ZERO else node.router4
+    if node.masquerade6_hi != ZERO or node.masquerade6_lo != ZERO:
+        return node.masquerade6_hi, node.masquerade6_lo
+    return node.router6_hi, node.router6_lo
+
+
+@inline
+def _source(b, t, i, service, adjacency):
+    """How the source of a new connection changes: (flags, hi, lo); flags 0: not at all.
+
+    PORT_TAKEN among the flags: the address is the node's own. The target is the backend by now.
+    """
+    node = t.node[0]
+    row = t.adjacencies[adjacency]
+    kind = t.ports[b.ingress[i]].kind
+    four = b.kind[i] == KIND_IP4
+    leaves = row.kind == ADJACENCY_NEXTHOP
+    if service:
+        back_to_pod = row.kind == ADJACENCY_POD and row.port == b.ingress[i]
+        here = row.kind == ADJACENCY_HOST or row.kind == ADJACENCY_GATEWAY
+        if back_to_pod or (kind == PORT_HOST and here):
+            if four:
+                return NAT_SOURCE | HAIRPIN, ZERO, node.loopback4
+            return NAT_SOURCE | HAIRPIN, node.loopback6_hi, node.loopback6_lo
+        if kind == PORT_UPLINK and (leaves or row.kind == ADJACENCY_TUNNEL):
+            hi, lo = _node_source(t, four)  # so that replies come back this way
+            return NAT_SOURCE | PORT_TAKEN, hi, lo
+    if leaves and (kind == PORT_POD or (service and kind == PORT_HOST)):
+        peer = t.peers[peer_of(t, b.kind[i], b.target_hi[i], b.target_lo[i])]
+        wanted = node.masquerade4 if four else node.masquerade6_hi | node.masquerade6_lo
+        if wanted != ZERO and not peer.flags & PEER_KEEP_SOURCE:
+            hi, lo = _node_source(t, four)
+            return NAT_SOURCE | PORT_TAKEN, hi, lo
+    return 0, b.source_hi[i], b.source_lo[i]
+
+
+@inline
+def _write(t, k, record, b, i, flags, hi, lo, target_hi, target_lo, own_port, port, verdict):
+    """Fill a CLAIMED record. target_*: as received; (hi, lo), own_port: the source on the way out."""
+    c = t.connections[record]
+    kind, protocol = b.kind[i], b.protocol[i]
+    c.source_hi, c.source_lo = b.source_hi[i], b.source_lo[i]
+    c.target_hi, c.target_lo = target_hi, target_lo
+    c.word = b.word[i]
+    c.reply_source_hi, c.reply_source_lo = b.target_hi[i], b.target_lo[i]
+    c.reply_target_hi, c.reply_target_lo = hi, lo
+    c.reply_word = tuple_word(port, own_port, protocol, kind)
+    c.egress_rule, c.ingress_rule = verdict.egress, verdict.ingress
+    c.source_identity = t.peers[verdict.source].identity
+    c.target_identity = t.peers[verdict.target].identity
+    c.created = k.words[TICK] | 1  # 0: never used
+    c.port = b.ingress[i]
+    c.icmp_type = _l4(b, i, 0)
+    c.generation = k.words[JUDGEMENT]
+    c.state = first_state(protocol, b.address[i] + b.l4[i])
+    c.flags = flags
+    c.tcp_original = c.tcp_reply = 0
+    if protocol == wire.TCP:
+        c.tcp_original = load8(b.address[i] + b.l4[i] + wire.TCP_FLAGS)
+    c.refusal = c.reason = 0
+    c.last_original = c.last_reply = k.words[TICK]
+    c.packets_original = c.bytes_original = c.packets_reply = c.bytes_reply = ZERO
+
+
+@inline
+def _create(b, t, k, i):
+    """Decide about the first packet of a connection, and make its record."""
+    target_hi, target_lo = b.target_hi[i], b.target_lo[i]
+    service, backend, port = _to_service(b, t, k, i)
+    if service < 0:
+        return
+    adjacency = lookup(t, b.kind[i], b.target_hi[i], b.target_lo[i])
+    if service == 0 and b.flags[i] & FLAG_OUTSIDE:
+        if t.adjacencies[adjacency].kind == ADJACENCY_HOST:
+            return  # the node's own
+    verdict = judge_both(
+        t, b.kind[i], b.source_hi[i], b.source_lo[i], b.target_hi[i], b.target_lo[i],
+        b.protocol[i], _l4(b, i, port), b.identity[i],
+    )  # fmt: skip
+    b.source_identity[i] = np.int64(t.peers[verdict.source].identity)
+    b.target_identity[i] = np.int64(t.peers[verdict.target].identity)
+    if verdict.reason:
+        b.target_hi[i], b.target_lo[i] = target_hi, target_lo
+        deny(b, i, verdict.reason, verdict.word)
+        return
+    flags, hi, lo = _source(b, t, i, service, adjacency)
+    own = take_port(
+        t, k, b.kind[i], b.protocol[i], hi, lo, b.target_hi[i], b.target_lo[i], port,
+        b.source_port[i], (flags & PORT_TAKEN) != 0, b.hashes[i],
+    )  # fmt: skip
+    if own < 0:
+        drop(b, i, NO_NAT_MAPPING if own == NO_PORT else NAT_UNSUPPORTED)
+        if own == NO_PORT:
+            note_exhausted(k, b.target_hi[i], b.target_lo[i], port, b.protocol[i], b.now_ns[0])
+        return
+    if own != b.source_port[i]:
+        flags |= NAT_SOURCE
+    if service:
+        flags |= NAT_TARGET
+    if b.flags[i] & FLAG_OUTSIDE:
+        flags |= OUTSIDE
+    if verdict.audited:
+        flags |= AUDITED
+        b.flags[i] |= FLAG_AUDITED
+    _insert(b, t, k, i, flags, hi, lo, target_hi, target_lo, own, port, service, backend, verdict)
+
+
+@inline
+def _insert(
+    b, t, k, i, flags, hi, lo, target_hi, target_lo, own, port, service, backend, verdict
+):  # fmt: skip
+    """Make the record of a connection that may pass, and let its packet through."""
+    index, records = t.connection_index.ctypes.data, t.connections.ctypes.data
+    words, ports = k.words.ctypes.data, k.nat_ports.ctypes.data
+    number = allocate(index, records, words, ports, k.counters.ctypes.data)
+    if number < 0:
+        k.counters[0].refused += np.uint64(1)
+        drop(b, i, INSERTION_FAILED)
+        return
+    _write(t, k, number, b, i, flags, hi, lo, target_hi, target_lo, own, port, verdict)
+    t.connections[number].service = service
+    t.connections[number].backend = backend
+    record = records + number * RECORD
+    reply = mix(
+        b.target_hi[i], b.target_lo[i], hi, lo, np.uint64(load64(record + LINE + WORD))
+    )  # fmt: skip
+    if flags & PORT_TAKEN:
+        count_port(ports, record, 1)
+    b.target_hi[i], b.target_lo[i] = target_hi, target_lo  # as received: `settle` translates
+    if not publish(index, records, k.words[MASK], number, b.hashes[i], reply):
+        if flags & PORT_TAKEN:
+            count_port(ports, record, -1)
+        release(records, number, k.words[TICK])
+        k.counters[0].refused += np.uint64(1)
+        drop(b, i, INSERTION_FAILED)
+        return
+    if k.words[WORKERS] > 1:
+        number = _first(b, t, k, i, number)
+    k.counters[0].created += np.uint64(1)
+    b.connection[i] = number
+    b.way[i] = WAY_ORIGINAL
+    _pass(b, i, records + number * RECORD, WAY_ORIGINAL, k.words[TICK])
+
+
+@inline
+def _pass(b, i, record, way, tick):
+    count(b, i, record, way, tick)
+    if load8(record + FLAGS) & (NAT_SOURCE | NAT_TARGET) and not translated(b, i, record, way):
+        drop(b, i, INSERTION_FAILED)
+
+
+@inline
+def _first(b, t, k, i, number):
+    """Where two workers made the same connection: the record that stands first; ours goes."""
+    index, records = t.connection_index.ctypes.data, t.connections.ctypes.data
+    found = find(
+        index, records, k.words[MASK],
+        b.source_hi[i], b.source_lo[i], b.target_hi[i], b.target_lo[i], b.word[i], b.hashes[i],
+    )  # fmt: skip
+    if found < 0 or found & 1 or found >> 1 == number:
+        return number
+    if swap32(records + number * RECORD + OWNER, LIVE, CLAIMED):
+        unlink(index, records, k.words[MASK], number, k.nat_ports.ctypes.data)
+        release(records, number, k.words[TICK])
+    return found >> 1
+
+
+@inline
+def _backend_is_gone(t, number):
+    """Whether a connection that can still move has lost the backend that it was given."""
+    c = t.connections[number]
+    if c.service == 0:
+        return False
+    protocol = np.int64(c.word >> np.uint64(8)) & 0xFF
+    if protocol == wire.TCP and c.state != SYN_SENT:
+        return False
+    row = t.backends[c.backend]
+    port = np.int64(c.reply_word >> np.uint64(48))
+    same = row.hi == c.reply_source_hi and row.lo == c.reply_source_lo and row.port == port
+    return row.state == BACKEND_EMPTY or not same
+
+
+@inline
+def _judge_again(t, k, number):
+    """Judge a live connection by the present policies; False when it has to be made anew."""
+    if _backend_is_gone(t, number):
+        return False
+    c = t.connections[number]
+    protocol = np.int64(c.word >> np.uint64(8)) & 0xFF
+    kind = np.int64(c.word & np.uint64(0xFF))
+    port = np.int64(c.reply_word >> np.uint64(48))
+    if protocol == wire.ICMP or protocol == wire.ICMP6:
+        port = np.int64(c.icmp_type)
+    verdict = judge_both(
+        t, kind, c.source_hi, c.source_lo, c.reply_source_hi, c.reply_source_lo,
+        protocol, port, np.int64(c.source_identity),
+    )  # fmt: skip
+    k.counters[0].rejudged += np.uint64(1)
+    flags = np.int64(c.flags) & ~(DENIED | AUDITED)
+    if verdict.reason:
+        if not c.flags & DENIED:
+            k.counters[0].cut += np.uint64(1)
+        flags |= DENIED
+        c.reason, c.refusal = verdict.reason, verdict.word
+    if verdict.audited:
+        flags |= AUDITED
+    c.egress_rule, c.ingress_rule = verdict.egress, verdict.ingress
+    c.source_identity = t.peers[verdict.source].identity
+    c.target_identity = t.peers[verdict.target].identity
+    c.flags = flags
+    c.generation = k.words[JUDGEMENT]
+    return True
+
+
+@inline
+def _relate(b, t, k, i):
+    """Let an ICMP error pass with the connection that it is about, or drop it."""
+    found = find_related(b, t, k, i)
+    if found < 0:
+        if b.flags[i] & FLAG_OUTSIDE:
+            adjacency = lookup(t, b.kind[i], b.target_hi[i], b.target_lo[i])
+            if t.adjacencies[adjacency].kind == ADJACENCY_HOST:
+                return
+        drop(b, i, CT_INVALID)
+        return
+    number, way = found >> 1, found & 1
+    record = t.connections.ctypes.data + number * RECORD
+    if t.connections[number].generation != k.words[JUDGEMENT] and not _judge_again(t, k, number):
+        drop(b, i, CT_INVALID)
+        return
+    flags = load8(record + FLAGS)
+    if flags & DENIED:
+        deny(b, i, load32(record + REASON), load32(record + REFUSAL))
+        return
+    b.connection[i], b.way[i] = number, way
+    b.flags[i] |= FLAG_RELATED
+    if flags & (NAT_SOURCE | NAT_TARGET):
+        _relate_addresses(b, i, record, way)
+
+
+@inline
+def _relate_addresses(b, i, record, way):
+    """The outer addresses of an error become those of the connection's other side."""
+    mine, other = record + way * LINE, record + (1 - way) * LINE
+    b.nat_source_hi[i], b.nat_source_lo[i] = b.source_hi[i], b.source_lo[i]
+    own = np.uint64(load64(mine)) == b.source_hi[i] and np.uint64(load64(mine + 8)) == b.source_lo[i]
+    if own:  # from the end itself; a router between keeps its name
+        b.nat_source_hi[i] = np.uint64(load64(other + 16))
+        b.nat_source_lo[i] = np.uint64(load64(other + 24))
+    b.nat_target_hi[i] = np.uint64(load64(other))
+    b.nat_target_lo[i] = np.uint64(load64(other + 8))
+    b.target_hi[i], b.target_lo[i] = b.nat_target_hi[i], b.nat_target_lo[i]
+    b.flags[i] |= FLAG_NAT
+
+
+@inline
+def _look_again(b, t, k, i):
+    """Find packet i's connection, which an earlier packet of the vector may have made."""
+    found = find(
+        t.connection_index.ctypes.data, t.connections.ctypes.data, k.words[MASK],
+        b.source_hi[i], b.source_lo[i], b.target_hi[i], b.target_lo[i], b.word[i], b.hashes[i],
+    )  # fmt: skip
+    b.connection[i] = found >> 1
+    b.way[i] = found & 1
+
+
+@inline
+def _one(b, t, k, i):
+    if b.flags[i] & FLAG_ICMP_ERROR:
+        _relate(b, t, k, i)
+        return
+    if b.connection[i] < 0:
+        _look_again(b, t, k, i)
+    number = b.connection[i]
+    if number >= 0:
+        record = t.connections.ctypes.data + number * RECORD
+        stale = load32(record + GENERATION) != k.words[JUDGEMENT]
+        if not is_new(b, i, record) and (not stale or _judge_again(t, k, number)):
+            if settle(b, i, record, b.way[i], k.words[TICK]):
+                return
+        else:
+            remove(
+                t.connection_index.ctypes.data, t.connections.ctypes.data,
+                k.words.ctypes.data, k.nat_ports.ctypes.data, number,
+            )  # fmt: skip
+        b.connection[i] = -1
+    _create(b, t, k, i)
+
+
+@kernel
+def connect(b, t, k):
+    """Decide about every packet of the list `todo`. k: Tracker."""
+    for n in range(b.todo_count[0]):
+        _one(b, t, k, b.todo[n])

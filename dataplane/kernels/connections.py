@@ -1,0 +1,423 @@
+"""The table of connections: find, make, publish, remove, age.
+
+Rule: a record is written only while its `owner` is CLAIMED by the one thread that made it so; what
+changes with each packet (its third cache line) is written by whoever has the packet.
+
+Theory. The index is buckets of eight words, one cache line: the upper half of a word is the upper
+half of the flow hash (a tag), the lower half names record and direction, so a lookup that misses
+reads one line and one that hits reads one more, the tuple itself. A connection has two words: the
+tuple that its first packet carries and the tuple of a reply, after translation. Two tuples say all
+that NAT has to do, as in the kernel's nf_conntrack. An overflowing bucket continues in the next, up
+to BUCKETS_MOST; a removed word in a full bucket stays DELETED so that what lies behind is found.
+
+Records are taken by a clock hand: it goes over the first `limit` records of the worker's part, takes
+one that is free, and remembers the best victim on its way. When nothing is free the limit doubles; at
+its end the victim gives way: closed and half-open ones first, established ones last and only when
+idle for EVICT_IDLE ticks. So memory follows the peak of live connections and a full table costs SCAN
+steps a new connection, not more. A freed record rests REST ticks: a worker in the middle of a
+vector may still look at it. All numbers are memory addresses and int64, as house.py says.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dataplane.kernels.house import (
+    add32,
+    inline,
+    kernel,
+    load8,
+    load32,
+    load32_acquire,
+    load64,
+    lowest_bit,
+    match8,
+    outline,
+    prefetch,
+    store32,
+    store32_release,
+    store64,
+    swap32,
+    swap64,
+)
+from dataplane.kernels.parse import mix
+from xdp.abi import CONST, DTYPE, value
+
+_FIELDS = DTYPE["connection"].fields
+assert _FIELDS is not None
+
+
+def offset(field: str) -> int:
+    """Return the offset of a member of struct connection."""
+    assert _FIELDS is not None
+    return int(_FIELDS[field][1])
+
+
+RECORD = DTYPE["connection"].itemsize
+LINE = 64  # the reply's tuple stands one cache line behind the original direction's
+WORD = offset("word")
+OWNER = offset("owner")
+GENERATION = offset("generation")
+STATE = offset("state")
+FLAGS = offset("flags")
+TCP_SEEN = offset("tcp_original")
+LAST = offset("last_original")
+PACKETS = offset("packets_original")
+BYTES = offset("bytes_original")
+HASH = offset("hash")
+REPLY_HASH = offset("reply_hash")
+CREATED = offset("created")
+
+FREE, CLAIMED, LIVE = (value(f"RECORD_{name}") for name in ("FREE", "CLAIMED", "LIVE"))
+ESTABLISHED = value("CONNECTION_ESTABLISHED")
+REPLIED = value("CONNECTION_REPLIED")
+PORT_TAKEN = CONST["CONNECTION_FLAG_PORT_TAKEN"]
+
+BUCKET = 64  # bytes
+WAYS = CONST["INDEX_WAYS"]
+BUCKETS_MOST = 4  # that a lookup may touch
+WORD_EMPTY, WORD_DELETED, WORD_BASE = 0, 1, 2
+LOWER = 0xFFFFFFFF
+SHIFT = np.uint64(32)
+TICK_SHIFT = CONST["TICK_SHIFT"]
+
+SCAN = 32  # records that a worker's hand goes over for a new connection
+REST = 2  # ticks that a freed record rests
+EVICT_IDLE = 3600  # ticks (a minute): an established connection idle for less is never evicted
+LIMIT_LEAST = 4096
+
+# Words of Tracker.words: a worker's own state.
+HAND, FIRST, LIMIT, MOST = 0, 1, 2, 3  # next record, first of its part, records in use, in its part
+MASK = 4  # buckets of the index - 1
+JUDGEMENT = 5  # of the tables, read once a vector
+TICK = 6  # now
+WORKERS = 7
+WORDS = 8
+
+
+class Tracker(NamedTuple):
+    """What a worker needs for connections beside the shared tables."""
+
+    words: np.ndarray  # int64[WORDS]
+    counters: np.ndarray  # track_counter[1]: its row
+    exhausted: np.ndarray  # exhausted[EXHAUSTED_MAX]: its row
+    nat_ports: np.ndarray  # uint32[NAT_PROTOCOLS * 65536]: connections by NAT port
+
+
+def make_tracker(
+    counters: np.ndarray,
+    exhausted: np.ndarray,
+    nat_ports: np.ndarray,
+    records: int,
+    worker: int = 0,
+    workers: int = 1,
+) -> Tracker:
+    """Return the Tracker of a worker over its part of `records` (a power of two) records.
+
+    counters: track_counter[1]; exhausted: exhausted[EXHAUSTED_MAX]; nat_ports: uint32[4 * 65536].
+    """
+    words = np.zeros(WORDS, np.int64)
+    part = records // workers
+    words[FIRST], words[MOST] = part * worker, part
+    words[LIMIT] = min(LIMIT_LEAST, part)
+    words[MASK] = records * 4 // WAYS - 1
+    words[WORKERS] = workers
+    counters[0]["limit"] = words[LIMIT]
+    return Tracker(words, counters, exhausted, nat_ports)
+
+
+@inline
+def bucket_of(index, mask, hashed):
+    """Memory address of the bucket of a hash (uint64)."""
+    return index + (np.int64(hashed & np.uint64(LOWER)) & mask) * BUCKET
+
+
+@inline
+def tag_of(hashed):
+    """Tag of a hash (uint64), as int64."""
+    return np.int64(hashed >> SHIFT)
+
+
+@inline
+def same_tuple(line, source_hi, source_lo, target_hi, target_lo, word):
+    """True when the tuple that stands at `line` is this one (all uint64)."""
+    different = np.uint64(load64(line)) ^ source_hi
+    different |= np.uint64(load64(line + 8)) ^ source_lo
+    different |= np.uint64(load64(line + 16)) ^ target_hi
+    different |= np.uint64(load64(line + 24)) ^ target_lo
+    different |= np.uint64(load64(line + 32)) ^ word
+    return different == np.uint64(0)
+
+
+@outline
+def find(index, records, mask, source_hi, source_lo, target_hi, target_lo, word, hashed):
+    """Return record << 1 | direction of a live connection's tuple, -1 when there is none."""
+    tag = tag_of(hashed)
+    number = np.int64(hashed & np.uint64(LOWER)) & mask
+    for _ in range(BUCKETS_MOST):
+        at = index + number * BUCKET
+        found = match8(at, tag)
+        hits = found & 0xFF
+        while hits:
+            way = lowest_bit(hits)
+            hits &= hits - 1
+            lower = load64(at + way * 8) & LOWER
+            if lower < WORD_BASE:
+                continue
+            lower -= WORD_BASE
+            record = records + (lower >> 1) * RECORD
+            if load32_acquire(record + OWNER) != LIVE:
+                continue
+            line = record + (lower & 1) * LINE
+            if same_tuple(line, source_hi, source_lo, target_hi, target_lo, word):
+                return lower
+        if found >> 8:
+            return -1
+        number = (number + 1) & mask
+    return -1
+
+
+@outline
+def _put(index, mask, hashed, lower):
+    """Publish a word for a tuple; False when its buckets are full."""
+    number = np.int64(hashed & np.uint64(LOWER)) & mask
+    word = (tag_of(hashed) << 32) | (lower + WORD_BASE)
+    for _ in range(BUCKETS_MOST):
+        at = index + number * BUCKET
+        for way in range(WAYS):
+            old = load64(at + way * 8)
+            if old == WORD_EMPTY or old == WORD_DELETED:
+                if swap64(at + way * 8, old, word):
+                    return True
+        number = (number + 1) & mask
+    return False
+
+
+@outline
+def _take(index, mask, lower_hash, lower):
+    """Remove the word of a tuple, by the lower half of its hash; False when there is none."""
+    number = lower_hash & mask
+    wanted = lower + WORD_BASE
+    for _ in range(BUCKETS_MOST):
+        at = index + number * BUCKET
+        full = True
+        where = np.int64(0)
+        old = np.int64(0)
+        for way in range(WAYS):
+            present = load64(at + way * 8)
+            if present == WORD_EMPTY:
+                full = False
+            elif present & LOWER == wanted:
+                where = at + way * 8
+                old = present
+        if where:
+            # Others may lie behind a full bucket; where one was not, nothing does.
+            return swap64(where, old, WORD_DELETED if full else WORD_EMPTY)
+        if not full:
+            return False
+        number = (number + 1) & mask
+    return False
+
+
+@outline
+def publish(index, records, mask, number, hashed, reply_hashed):
+    """Make a filled, CLAIMED record findable in both directions; False, with nothing left, if not.
+
+    hashed, reply_hashed: uint64, of its two tuples.
+    """
+    record = records + number * RECORD
+    store32(record + HASH, np.int64(hashed & np.uint64(LOWER)))
+    store32(record + REPLY_HASH, np.int64(reply_hashed & np.uint64(LOWER)))
+    if not _put(index, mask, reply_hashed, number << 1 | 1):
+        return False
+    if not _put(index, mask, hashed, number << 1):
+        _take(index, mask, np.int64(reply_hashed & np.uint64(LOWER)), number << 1 | 1)
+        return False
+    store32_release(record + OWNER, LIVE)
+    return True
+
+
+@outline
+def unlink(index, records, mask, number, nat_ports):
+    """Make a CLAIMED record unfindable and give its NAT port back. nat_ports: memory address."""
+    record = records + number * RECORD
+    _take(index, mask, load32(record + HASH), number << 1)
+    _take(index, mask, load32(record + REPLY_HASH), number << 1 | 1)
+    if load8(record + FLAGS) & PORT_TAKEN:
+        count_port(nat_ports, record, -1)
+
+
+@inline
+def port_row(protocol):
+    """Row of the port tables of a protocol: TCP, UDP, SCTP, else ICMP identifiers."""
+    if protocol == 6:
+        return 0
+    if protocol == 17:
+        return 1
+    return 2 if protocol == 132 else 3
+
+
+@inline
+def count_port(nat_ports, record, change):
+    """Count a connection with a NAT port of this node: what uplinks steer to us (xdp)."""
+    word = load64(record + LINE + WORD)
+    add32(nat_ports + ((port_row((word >> 8) & 0xFF) << 16) + ((word >> 32) & 0xFFFF)) * 4, change)
+
+
+@inline
+def latest(record):
+    """Tick of the last packet of a record, either direction."""
+    original, reply = load32(record + LAST), load32(record + LAST + 4)
+    return original if original > reply else reply
+
+
+@inline
+def _rank(record, tick):
+    """How much a live record deserves to stay; an established, active one: never less than 2**40."""
+    state = load8(record + STATE)
+    idle = tick - latest(record)
+    if idle < 0:
+        idle = 0
+    kept = (state << 32) - idle
+    if state == ESTABLISHED and idle < EVICT_IDLE:
+        kept += 1 << 40
+    return kept
+
+
+@outline
+def allocate(index, records, words, nat_ports, counters):
+    """Return the number of a record that is now CLAIMED, -1 when no room can be made.
+
+    words, nat_ports, counters: memory addresses of Tracker's arrays.
+    """
+    first, limit = load64(words + FIRST * 8), load64(words + LIMIT * 8)
+    most, tick = load64(words + MOST * 8), load64(words + TICK * 8)
+    hand = load64(words + HAND * 8)
+    victim = np.int64(-1)
+    least = np.int64(1) << 40
+    for _ in range(SCAN):
+        number = first + hand
+        hand += 1
+        if hand >= limit:
+            hand = 0
+        record = records + number * RECORD
+        prefetch(record + 4 * RECORD + OWNER)
+        owner = load32_acquire(record + OWNER)
+        if owner == FREE:
+            rested = load32(record + CREATED) == 0 or tick - load32(record + LAST) >= REST
+            if rested and swap32(record + OWNER, FREE, CLAIMED):
+                store64(words + HAND * 8, hand)
+                return number
+        elif owner == LIVE:
+            rank = _rank(record, tick)
+            if rank < least:
+                least = rank
+                victim = number
+    store64(words + HAND * 8, hand)
+    if limit < most:
+        wider = limit * 2 if limit * 2 < most else most
+        store64(words + LIMIT * 8, wider)
+        store64(counters + LIMIT_COUNTER, wider)
+        store64(words + HAND * 8, limit + 1 if limit + 1 < wider else 0)
+        number = first + limit
+        if swap32(records + number * RECORD + OWNER, FREE, CLAIMED):
+            return number
+    if victim >= 0 and swap32(records + victim * RECORD + OWNER, LIVE, CLAIMED):
+        mask = load64(words + MASK * 8)
+        unlink(index, records, mask, victim, nat_ports)
+        store64(counters + EVICTED_COUNTER, load64(counters + EVICTED_COUNTER) + 1)
+        return victim
+    return np.int64(-1)
+
+
+def _counter(field: str) -> int:
+    fields = DTYPE["track_counter"].fields
+    assert fields is not None
+    return int(fields[field][1])
+
+
+LIMIT_COUNTER = _counter("limit")
+EVICTED_COUNTER = _counter("evicted")
+
+
+@inline
+def release(records, number, tick):
+    """Give a CLAIMED record back; it rests before it is used again."""
+    record = records + number * RECORD
+    store32(record + LAST, tick)
+    store32_release(record + OWNER, FREE)
+
+
+@inline
+def remove(index, records, words, nat_ports, number):
+    """Take a live connection out of the table; False when another thread is at it."""
+    if not swap32(records + number * RECORD + OWNER, LIVE, CLAIMED):
+        return False
+    unlink(index, records, load64(words + MASK * 8), number, nat_ports)
+    release(records, number, load64(words + TICK * 8))
+    return True
+
+
+@kernel
+def sweep(connections, index, nat_ports, timeout_s, mask, first, end, tick):
+    """Forget records first..end-1 whose time is over; return (live, established, removed).
+
+    Runs beside the workers. connections: connection[]; index: uint64[]; nat_ports: uint32[];
+    timeout_s: uint32[TIMEOUTS_MAX]; mask: buckets - 1; tick: now.
+    """
+    records, where, ports = connections.ctypes.data, index.ctypes.data, nat_ports.ctypes.data
+    live = established = removed = 0
+    for number in range(first, end):
+        record = records + number * RECORD
+        prefetch(record + 8 * RECORD + OWNER)
+        if load32_acquire(record + OWNER) != LIVE:
+            continue
+        state = load8(record + STATE)
+        idle_s = ((tick - latest(record)) << TICK_SHIFT) // 1_000_000_000
+        if idle_s >= np.int64(timeout_s[state]) and swap32(record + OWNER, LIVE, CLAIMED):
+            unlink(where, records, mask, number, ports)
+            release(records, number, tick)
+            removed += 1
+            continue
+        live += 1
+        if state == ESTABLISHED or state == REPLIED:
+            established += 1
+    return live, established, removed
+
+
+
+@kernel
+def restore(connections, index, nat_ports, mask, first, end):
+    """Index records first..end-1 again, after a forwarder has died; return (live, highest + 1).
+
+    The index must be empty. Records that were CLAIMED become free: nobody is at work on them.
+    """
+    records, where, ports = connections.ctypes.data, index.ctypes.data, nat_ports.ctypes.data
+    live = highest = 0
+    for number in range(first, end):
+        record = records + number * RECORD
+        owner = load32(record + OWNER)
+        if owner == FREE:
+            continue
+        store32(record + OWNER, CLAIMED)
+        hashed, reply = hash_at(record), hash_at(record + LINE)
+        if owner == LIVE and publish(where, records, mask, number, hashed, reply):
+            live += 1
+            highest = number + 1
+            if load8(record + FLAGS) & PORT_TAKEN:
+                count_port(ports, record, 1)
+        else:
+            store32(record + OWNER, FREE)
+    return live, highest
+
+
+@inline
+def hash_at(line):
+    """Flow hash of the tuple that stands at a line."""
+    return mix(
+        np.uint64(load64(line)),
+        np.uint64(load64(line + 8)),
+        np.uint64(load64(line + 16)),
+        np.uint64(load64(line + 24)),
+        np.uint64(load64(line + 32)),
+    )

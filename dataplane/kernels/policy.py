@@ -1,0 +1,122 @@
+"""The verdict of a policy: may this peer use this port of that protocol?
+
+Rule: a constant number of probes, whatever the number of rules; what is not known is denied.
+
+Theory. As Cilium's policy map (bpf/lib/policy.h), with groups in the place of identities: addresses
+that no rule tells apart have one group, so a rule about ten thousand pods is one entry. Two chains
+are asked, the peer's group and "any peer" (0); in each the longest port prefix that is there counts,
+and the compiler has folded shorter ones into it. A deny of either chain wins, then an allow, then
+what the policy says of the rest. A row of zeros says nothing, which is a deny: a new pod is closed
+until its policy is written. The verdict word carries the rule's number (xdp/abi.h).
+"""
+
+import numpy as np
+
+from dataplane.kernels.house import highest_bit, inline, load64, outline
+from xdp.abi import CONST, DTYPE
+
+SLOTS_MASK = CONST["POLICY_SLOTS"] - 1
+PROBES_MAX = CONST["POLICY_PROBES_MAX"]
+ANY_PROTOCOL = CONST["POLICY_ANY_PROTOCOL"]
+ALLOW, DENY = CONST["POLICY_ALLOW"], CONST["POLICY_DENY"]
+ACTION = CONST["POLICY_ACTION_MASK"]
+ANY_BIT = 1 << CONST["POLICY_DEPTH_ANY"]
+EXACT = 16
+ENTRY = DTYPE["policy_entry"].itemsize
+ENTRY_MATCH = 8  # match in the lower half of the second word, verdict in the upper
+
+MIX_A = np.uint64(0x9E3779B97F4A7C15)
+MIX_B = np.uint64(0xC2B2AE3D27D4EB4F)
+MIX_C = np.uint64(0xD6E8FEB86659FD93)
+
+
+@inline
+def slot_of(key, match):
+    """First slot of an entry; the table's writer uses the same mix. key, match: uint64."""
+    h = (key * MIX_A) ^ (match * MIX_B)
+    h ^= h >> np.uint64(32)
+    h *= MIX_C
+    h ^= h >> np.uint64(29)
+    return np.int64(h) & SLOTS_MASK
+
+
+@inline
+def _entry(entries, key, match):
+    """Verdict word of an entry, 0 when there is none."""
+    slot = slot_of(np.uint64(key), np.uint64(match))
+    for n in range(PROBES_MAX):
+        at = entries + ((slot + n) & SLOTS_MASK) * ENTRY
+        second = load64(at + ENTRY_MATCH)
+        found = second & 0xFFFFFFFF
+        if found == 0:
+            return np.int64(0)
+        if found == match and load64(at) == key:
+            return (second >> 32) & 0xFFFFFFFF
+    return np.int64(0)
+
+
+@inline
+def _chain(entries, row, group, direction, protocol, port, depths):
+    """Verdict word of one chain, 0 when it says nothing."""
+    base = (row << 48) | (group << 16)
+    bits = depths & 0x1FFFF
+    while bits:
+        depth = highest_bit(np.uint64(bits))
+        bits ^= 1 << depth
+        shift = EXACT - depth
+        key = base | ((port >> shift) << shift)
+        word = _entry(entries, key, (protocol << 8) | (direction << 7) | (depth + 1))
+        if word:
+            return word
+    if depths & ANY_BIT:
+        return _entry(entries, base, (ANY_PROTOCOL << 8) | (direction << 7) | 1)
+    return np.int64(0)
+
+
+@outline
+def ask(entries, row, group, direction, protocol, port, depths, otherwise):
+    """Verdict word for a peer's group, protocol and port (ICMP: type); 0: not known, a deny.
+
+    entries: memory address of policy_entry[]; depths, otherwise: of the policy's row.
+    """
+    if depths == 0:
+        return np.int64(otherwise)
+    mine = np.int64(0)
+    if group:
+        mine = _chain(entries, row, group, direction, protocol, port, depths)
+        if mine & ACTION == DENY:
+            return mine
+    any_peer = _chain(entries, row, np.int64(0), direction, protocol, port, depths)
+    if any_peer & ACTION == DENY:
+        return any_peer
+    if mine:
+        return mine
+    return any_peer if any_peer else np.int64(otherwise)
+
+
+@inline
+def egress(t, row, group, protocol, port):
+    """Verdict word of policy `row` for what its pod sends to a peer."""
+    policy = t.policies[row]
+    return ask(
+        t.policy_entries.ctypes.data,
+        row, group, 1, protocol, port,
+        np.int64(policy.egress_depths), np.int64(policy.egress_otherwise),
+    )  # fmt: skip
+
+
+@inline
+def ingress(t, row, group, protocol, port):
+    """Verdict word of policy `row` for what its pod receives from a peer."""
+    policy = t.policies[row]
+    return ask(
+        t.policy_entries.ctypes.data,
+        row, group, 0, protocol, port,
+        np.int64(policy.ingress_depths), np.int64(policy.ingress_otherwise),
+    )  # fmt: skip
+
+
+@inline
+def allows(word):
+    """Whether a verdict word lets a connection pass."""
+    return word & ACTION == ALLOW
