@@ -115,6 +115,19 @@ class EndpointSlice:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
+def is_plain(address: Address) -> bool:
+    """Whether an address can be a service's or an endpoint's.
+
+    Not: unspecified, loopback, link-local, multicast, and IPv6's first /64, in which the embedded
+    IPv4 addresses stand (RFC 4291 2.5.2, 2.5.3, 2.5.5; RFC 1122 3.2.1.3).
+    """
+    number = int(address)
+    if address.version == 6:
+        hi = number >> 64
+        return hi != 0 and hi >> 56 != 0xFF and hi >> 54 != 0x3FA
+    return number >> 24 not in (0, 127) and number >> 28 < 0xE and number >> 16 != 0xA9FE
+
+
 def service(manifest: Mapping[str, Any], name: str) -> Service:
     """Read a Service. Raises ManifestError."""
     metadata = section(manifest.get("metadata"), ("metadata",))
@@ -165,7 +178,14 @@ def _cluster_ips(spec: Mapping[str, Any]) -> tuple[bool, tuple[Address, ...]]:
         return True, ()
     found = parsed(ip_address, [value for value in values if value != ""], place)
     _one_each(found, place)
+    _refuse_special(found, place)
     return False, found
+
+
+def _refuse_special(addresses: tuple[Address, ...], place: Place) -> None:
+    for address in addresses:
+        if not is_plain(address):
+            raise refuse(place, f"{address} is no address that others could reach")
 
 
 def _one_each(addresses: tuple[Address, ...], place: Place) -> None:
@@ -210,7 +230,8 @@ def _affinity(spec: Mapping[str, Any]) -> int:
     if kind == "None":
         return 0
     place: Place = ("spec", "sessionAffinityConfig")
-    client = section(section(spec.get(place[1]), place).get("clientIP"), (*place, "clientIP"))
+    config = section(spec.get("sessionAffinityConfig"), place)
+    client = section(config.get("clientIP"), (*place, "clientIP"))
     seconds = client.get("timeoutSeconds", AFFINITY_S)
     return integer(seconds, (*place, "clientIP", "timeoutSeconds"), 1, AFFINITY_S_MOST)
 
@@ -296,6 +317,7 @@ def _endpoint(entry: Mapping[str, Any], place: Place, family: int) -> Endpoint:
     address = parsed(ip_address, values[:1], at)[0]
     if address.version != family:
         raise refuse(at, f"{address} is not IPv{family}, which addressType says")
+    _refuse_special((address,), at)
     conditions = section(entry.get("conditions"), (*place, "conditions"))
     ready = flag(conditions.get("ready"), (*place, "conditions", "ready"), True)
     target = section(entry.get("targetRef"), (*place, "targetRef"))
