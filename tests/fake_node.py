@@ -20,8 +20,10 @@ from dataplane.control.model import (
     EndpointView,
     Link,
     Neighbour,
+    Ranges,
     Route,
 )
+from dataplane.control.ports import merged
 from dataplane.objects.collect import Objects
 from dataplane.objects.core import Node
 
@@ -45,6 +47,7 @@ class FakeKernel:
         self.known("192.0.2.2")
         self.known("2001:db8::2")
         self.provoked: list = []
+        self.reserved: Ranges = ((53, 53),)
         self.next = 10
 
     def known(self, text: str, mac: bytes = NEIGHBOUR_MAC, state: int = REACHABLE) -> None:
@@ -64,7 +67,9 @@ class FakeKernel:
 
     def snapshot(self) -> Actual:
         frozen = {index: frozenset(found) for index, found in self.addresses.items()}
-        return Actual(dict(self.links), frozen, tuple(self.routes), dict(self.neighbours))
+        return Actual(
+            dict(self.links), frozen, tuple(self.routes), dict(self.neighbours), self.reserved
+        )
 
     # --- what actions call ----------------------------------------------------------------------
 
@@ -100,6 +105,9 @@ class FakeKernel:
 
     def remove_route(self, route) -> None:
         self.routes.remove(route)
+
+    def reserve_ports(self, wanted) -> None:
+        self.reserved = merged([*self.reserved, *wanted.ports])
 
     def provoke(self, device, address) -> None:
         self.provoked.append((device, address))

@@ -7,8 +7,16 @@ option, the value and the limit, rather than found under traffic. `describe` wri
 default file that `penstock config default` prints.
 """
 
+import base64
 import os
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+    ip_network,
+)
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -161,6 +169,13 @@ class Policy(_Section):
     )
 
 
+def _port_range(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    if not 1 <= int(first) <= int(last) <= 65535:
+        raise ValueError(f"{text}: must be FIRST-LAST with 1 <= FIRST <= LAST <= 65535")
+    return int(first), int(last)
+
+
 class Services(_Section):
     """Services, as kube-proxy does them."""
 
@@ -193,6 +208,33 @@ class Services(_Section):
         description="what a pod sees as its client when a service leads back to itself",
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> "Services":
+        for text in (*self.cidrs, *self.node_port_addresses):
+            ip_network(text)
+        families = [ip_address(text).version for text in self.loopback]
+        if len(set(families)) < len(families):
+            raise ValueError(f"loopback {self.loopback}: at most one address a family")
+        if len(base64.b64decode(self.maglev_seed, validate=True)) != 12:
+            raise ValueError(f"maglev_seed {self.maglev_seed!r}: must be 12 bytes in base64")
+        _port_range(self.node_ports)
+        return self
+
+    @property
+    def node_port_range(self) -> tuple[int, int]:
+        """First and last NodePort."""
+        return _port_range(self.node_ports)
+
+    @property
+    def networks(self) -> list[IPv4Network | IPv6Network]:
+        """cidrs as networks."""
+        return [ip_network(text) for text in self.cidrs]
+
+    def loopback_of(self, family: int) -> IPv4Address | IPv6Address | None:
+        """The loopback address of family 4 or 6."""
+        found = (ip_address(text) for text in self.loopback)
+        return next((address for address in found if address.version == family), None)
+
 
 class Masquerade(_Section):
     """Source addresses of packets that leave the cluster."""
@@ -206,6 +248,18 @@ class Masquerade(_Section):
     ports: Annotated[str, Field(pattern=r"^\d+-\d+$")] = Field(
         "40960-65535", description="source ports; kept out of the node's own ephemeral ports"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Masquerade":
+        for text in self.exclude:
+            ip_network(text)
+        _port_range(self.ports)
+        return self
+
+    @property
+    def port_range(self) -> tuple[int, int]:
+        """First and last source port."""
+        return _port_range(self.ports)
 
 
 class Timeouts(_Section):
@@ -243,6 +297,16 @@ class Config(_Section):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least level that is logged"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        nat, nodes = self.masquerade.port_range, self.services.node_port_range
+        if nat[0] <= nodes[1] and nodes[0] <= nat[1]:
+            raise ValueError(
+                f"masquerade.ports {self.masquerade.ports} overlaps services.node_ports "
+                f"{self.services.node_ports}: a reply would be taken for a NodePort's packet"
+            )
+        return self
 
     @property
     def run_dir(self) -> Path:

@@ -7,7 +7,7 @@ problem in the answer, shown by `penstock status`. Without this node's own objec
 computed: NotReady says what is missing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import ip_network
 
 from dataplane.control import overlay
@@ -18,6 +18,7 @@ from dataplane.control.model import (
     HOST_MTU,
     HOST_PEER,
     NEXT_HOPS,
+    RESERVED_PORTS,
     Actual,
     Address,
     Cidr,
@@ -25,8 +26,11 @@ from dataplane.control.model import (
     EndpointView,
     HostRoute,
     Link,
+    Reservation,
     Tables,
 )
+from dataplane.control.noderow import node_row
+from dataplane.control.ports import merged
 from dataplane.control.routing import Underlay
 from dataplane.objects.collect import Objects
 from dataplane.objects.core import Node
@@ -137,8 +141,28 @@ class _Routes:
             self.table[_host(at)] = self.to_node(GATEWAY)
             self._to_pods(cidr, HOST_MTU)
 
+    def services(self, nodes: Iterable[Node]) -> list[str]:
+        """The node's own routes to ClusterIPs, and back to itself through a service.
+
+        Return what is wrong: a network that would take away the traffic between nodes.
+        """
+        problems = []
+        for cidr in self.config.services.networks:
+            owners = [node for node in nodes if any(at in cidr for at in node.internal_ips)]
+            if owners:
+                problems.append(
+                    f"services.cidrs: {cidr} covers an InternalIP of Node {owners[0].name}, the "
+                    "node does not reach its ClusterIPs: correct one"
+                )
+                continue
+            self._to_pods(cidr, self.me.path_mtu)
+        for family in self.me.routers:
+            if address := self.config.services.loopback_of(family):
+                self._to_pods(_host(address), self.me.path_mtu)
+        return problems
+
     def _to_pods(self, cidr: Cidr, mtu: int) -> None:
-        """The node's own route to pods, through penstock0 and the forwarder."""
+        """The node's own route through penstock0 and the forwarder."""
         if source := self.me.routers.get(cidr.version):
             self.host[cidr] = HostRoute(cidr, NEXT_HOPS[cidr.version], HOST, mtu, source)
 
@@ -273,6 +297,7 @@ def desired(
     routes = _Routes(config, me, under, host_port, host.mac if host else bytes(6))
     routes.table.update(under.routes())
     routes.own(actual)
+    problems += routes.services(objects.nodes.values())
     for _, node in sorted(objects.nodes.items()):
         if node.name == me.node.name:
             continue
@@ -291,7 +316,14 @@ def desired(
         tables=_tables(config, me, ports, routes.table, host_port, actual),
         view=_view(me, objects, config),
         problems=tuple(problems),
+        reserved=_reserved(config),
     )
+
+
+def _reserved(config: Config) -> Reservation:
+    """NodePorts and the ports of masquerading: no socket of the node may get one by chance."""
+    ranges = merged([config.services.node_port_range, config.masquerade.port_range])
+    return Reservation(ranges, config.run_dir / RESERVED_PORTS)
 
 
 def _tables(
@@ -303,25 +335,6 @@ def _tables(
     actual: Actual,
 ) -> Tables:
     tunnelled = config.network.mode == "overlay"
-    six = int(me.routers[6]) if 6 in me.routers else 0
-    options = config.forwarder
-    node = {
-        "gateway_mac": me.mac,
-        "tunnel_kind": overlay.TUNNELS[config.network.tunnel] if tunnelled else 0,
-        "tunnel_port": config.network.tunnel_port if tunnelled else 0,
-        "host_port": host_port,
-        "vni": config.network.fixed_vni,
-        "flags": _flags(config),
-        "error_rate": options.error_rate,
-        "error_burst": options.error_burst,
-        "router4": int(me.routers[4]) if 4 in me.routers else 0,
-        "router6_hi": six >> 64,
-        "router6_lo": six & ((1 << 64) - 1),
-        "workers": me.workers,
-        "frame_count": options.frames,
-        "spin_us": options.spin_us,
-        "watchdog_ms": options.watchdog_ms,
-    }
     locals_ = sorted(
         (
             address
@@ -332,22 +345,13 @@ def _tables(
         key=int,
     )
     return Tables(
-        node=node,
+        node=node_row(config, me, host_port),
         ports=ports,
         routes=routes,
         tunnel_port=config.network.tunnel_port if tunnelled else 0,
         locals=tuple(locals_) if tunnelled else (),
         prefixes=() if tunnelled else me.pod_cidrs,
     )
-
-
-def _flags(config: Config) -> int:
-    wanted = {
-        "NODE_IDENTITY_VNI": config.network.vni == "identity",
-        "NODE_REJECT": config.services.no_backend == "reject",
-        "NODE_POLICY_HAIRPIN": config.policy.hairpin == "enforce",
-    }
-    return sum(CONST[name] for name, on in wanted.items() if on)
 
 
 def _view(me: Here, objects: Objects, config: Config) -> dict[str, object]:

@@ -10,6 +10,7 @@ endpoints and the snapshot; `plan` compares them. Interfaces of the node's own s
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from pathlib import Path
 from typing import Any
 
 from dataplane.tables.model import Adjacency, Port
@@ -23,6 +24,9 @@ HOST_PEER = "penstock1"
 HOST_MTU = CONST["MTU_MAX"]
 NEXT_HOPS: dict[int, Address] = {4: ip_address("169.254.1.1"), 6: ip_address("fe80::1")}
 """Next hop of the node's routes to pods: nobody has it, a permanent neighbour stands for it."""
+
+RESERVED_PORTS = "reserved-ports"
+"""File in RUN_DIR: the ports that we added to the kernel's reserved ones."""
 
 PROTOCOL = 80  # our routes, in rtm_protocol: nobody else's number (iproute2's rt_protos)
 
@@ -72,6 +76,18 @@ class Neighbour:
         return bool(self.state & NUD_USABLE) and any(self.mac) and not self.mac[0] & 1
 
 
+Ranges = tuple[tuple[int, int], ...]
+"""Ports as (first, last), in order and apart from each other."""
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Ports that no socket of the node shall get by chance. record: keeps what we added."""
+
+    ports: Ranges
+    record: Path
+
+
 @dataclass(frozen=True)
 class Actual:
     """A snapshot of the kernel."""
@@ -80,6 +96,7 @@ class Actual:
     addresses: Mapping[int, frozenset[tuple[Address, int]]] = field(default_factory=dict)
     routes: tuple[Route, ...] = ()
     neighbours: Mapping[tuple[int, Address], Neighbour] = field(default_factory=dict)
+    reserved_ports: Ranges | None = None  # None: the kernel has no such list
 
     def link(self, index: int) -> Link | None:
         """Return the device of an index."""
@@ -138,3 +155,4 @@ class Desired:
     tables: Tables
     view: Mapping[str, Any]
     problems: tuple[str, ...] = ()
+    reserved: Reservation | None = None

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dataplane.control import ports
 from dataplane.control.model import (
     HOST,
     HOST_MTU,
@@ -39,7 +40,11 @@ class Action:
 
 def plan(desired: Desired, actual: Actual, stands: Tables | None) -> list[Action]:
     """Return what to do; stands: the tables as last written, None when not known."""
-    return [*_kernel(desired, actual), *_tables(desired.tables, stands)]
+    return [
+        *_kernel(desired, actual),
+        *_reservation(desired, actual),
+        *_tables(desired.tables, stands),
+    ]
 
 
 def _kernel(desired: Desired, actual: Actual) -> list[Action]:
@@ -75,6 +80,17 @@ def _kernel(desired: Desired, actual: Actual) -> list[Action]:
             text = f"neighbour {address} is {mac.hex(':')} on {HOST}"
             actions.append(Action(text, "set_neighbour", (HOST, address, mac)))
     return actions + _routes(desired, actual)
+
+
+def _reservation(desired: Desired, actual: Actual) -> list[Action]:
+    wanted, have = desired.reserved, actual.reserved_ports
+    if wanted is None or have is None:
+        return []
+    missing = ports.without(wanted.ports, have)
+    if not missing:
+        return []
+    text = f"keep ports {ports.shown(missing)} from the node's own sockets"
+    return [Action(text, "reserve_ports", (wanted,))]
 
 
 def _same(wanted: HostRoute, found: Route, device: int) -> bool:

@@ -13,7 +13,7 @@ import shutil
 from dataplane.cni import conflist, wire
 from dataplane.control.config import Config
 from dataplane.control.kernel.netlink import PROTOCOL, Kernel
-from dataplane.control.model import HOST, HOST_PEER
+from dataplane.control.model import HOST, HOST_PEER, RESERVED_PORTS
 from dataplane.daemon.lock import hold
 
 
@@ -40,6 +40,8 @@ def cleanup(config: Config, state: bool = False) -> list[str]:
                 if name in actual.links:
                     kernel.remove_link(name)
                     removed.append(f"device {name}")
+            if released := kernel.release_ports(config.run_dir / RESERVED_PORTS):
+                removed.append(f"reserved ports {released}")
         finally:
             kernel.close()
         shutil.rmtree(config.run_dir)

@@ -13,7 +13,7 @@ from bench.lab import Lab
 from dataplane.control import reconcile
 from dataplane.control.config import Config
 from dataplane.control.kernel import events
-from dataplane.control.kernel.netlink import Kernel
+from dataplane.control.kernel.netlink import RESERVED, Kernel
 from dataplane.control.model import HOST, HOST_MTU, HOST_PEER, EndpointView
 from dataplane.control.reconcile import Reconciler
 from dataplane.daemon.teardown import cleanup
@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.root, pytest.mark.net]
 SECONDS = 40
 TUNNEL, UNRESOLVED = value("ADJACENCY_TUNNEL"), value("ADJACENCY_UNRESOLVED")
 FAR = "10.244.2.0/24"
+SERVICES = {"10.96.0.0/12", "fd00:96::/108", "169.254.42.1", "fd00:42::1"}
 
 
 def node(number: int) -> Node:
@@ -133,6 +134,7 @@ def drive(main) -> None:
 
 def test_the_pair_appears_and_the_end_leaves_nothing(under):
     before = {row["ifname"] for row in under.one.show("link")}
+    RESERVED.write_text("80,30000")
 
     async def main():
         async with under.running():
@@ -141,7 +143,8 @@ def test_the_pair_appears_and_the_end_leaves_nothing(under):
             assert stands["addresses"] == {"10.244.1.1/32", "fd00:244:0:1::1/128"}
             assert set(stands["routes"]) == {
                 "10.244.1.0/24", FAR, "fd00:244:0:1::/64", "fd00:244:0:2::/64",
-            }  # fmt: skip
+            } | SERVICES  # fmt: skip
+            assert RESERVED.read_text() == "80,30000-32767,40960-65535\n"
             far = stands["routes"][FAR]
             assert (far["gateway"], far["dev"]) == ("169.254.1.1", HOST)
             assert far["prefsrc"] == "10.244.1.1"
@@ -168,6 +171,7 @@ def test_the_pair_appears_and_the_end_leaves_nothing(under):
     for family in ("-4", "-6"):
         assert under.one.show(family, "route", "show", "proto", "80") == []
     assert not under.config.run_dir.exists()
+    assert RESERVED.read_text() == "80,30000\n"
 
 
 DAMAGE = [
@@ -179,6 +183,7 @@ DAMAGE = [
     (f"neigh del 169.254.1.1 dev {HOST}",),
     (f"neigh replace fe80::1 lladdr 02:00:00:00:00:99 dev {HOST} nud permanent",),
     ("route flush proto 80",),
+    ("route del 10.96.0.0/12",),
     (f"route replace {FAR} via 169.254.1.1 dev {HOST} onlink proto 80 mtu 1200",),
     (f"addr add 10.99.0.1/32 dev {HOST}", f"route add 10.77.0.0/16 dev {HOST} proto 80"),
 ]
@@ -287,7 +292,8 @@ def test_nodes_join_and_leave(under):
             loop.trigger("objects")
             await under.until(lambda: not under.row("10.244.3.0/24"), "left")
             await under.at_rest()
-            assert set(under.node_side()["routes"]) == {"10.244.1.0/24", "fd00:244:0:1::/64"}
+            own = {"10.244.1.0/24", "fd00:244:0:1::/64"}
+            assert set(under.node_side()["routes"]) == own | SERVICES
 
     drive(main)
 

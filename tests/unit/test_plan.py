@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from dataplane.control import overlay
 from dataplane.control.desired import NotReady, desired
 from dataplane.control.model import HOST, HOST_PEER
 from dataplane.control.plan import plan
+from dataplane.control.ports import merged, parse, shown, without
 from dataplane.objects.core import MAC_ANNOTATION
 from dataplane.objects.manifest import ManifestError
 from tests.fake_node import NEIGHBOUR_MAC, UPLINK_MAC, FakeKernel, config, node, objects
@@ -147,6 +149,68 @@ def test_vtep_macs():
         overlay.vtep_mac(node(1, annotations={MAC_ANNOTATION: "01:00:00:00:00:00"}), None)
 
 
+def test_the_node_reaches_services_through_the_dataplane():
+    wanted, _ = settle(FakeKernel(), config(), objects())
+    hops = {str(r.network): (str(r.gateway), r.device, str(r.source)) for r in wanted.host_routes}
+    assert hops["10.96.0.0/12"] == ("169.254.1.1", HOST, "10.244.1.1")
+    assert hops["fd00:96::/108"] == ("fe80::1", HOST, "fd00:244:0:1::1")
+    assert hops["169.254.42.1/32"][:2] == ("169.254.1.1", HOST)
+    assert hops["fd00:42::1/128"][:2] == ("fe80::1", HOST)
+    inside = node(1, internal_ips=(ip_address("10.96.7.1"), ip_address("2001:db8::1")))
+    kernel = FakeKernel()
+    kernel.addresses[2].add((ip_address("10.96.7.1"), 24))
+    wanted, _ = settle(kernel, config(), objects(inside, node(2)))
+    assert "10.96.0.0/12 covers" in wanted.problems[0]
+    assert ip_network("10.96.0.0/12") not in {route.network for route in wanted.host_routes}
+
+
+def test_ports_are_reserved_beside_those_that_are():
+    kernel = FakeKernel()
+    settle(kernel, config(), objects())
+    assert kernel.reserved == ((53, 53), (30000, 32767), (40960, 65535))
+
+
+def test_the_node_row_says_what_nat_and_tracking_need():
+    wanted, _ = settle(FakeKernel(), config(), objects())
+    row = wanted.tables.node
+    assert (row["nat_first"], row["nat_count"]) == (40960, 24576)
+    assert row["masquerade4"] == int(ip_address("192.0.2.1"))
+    assert row["masquerade6_hi"] == 0x20010DB8 << 32
+    assert row["loopback4"] == int(ip_address("169.254.42.1"))
+    assert row["loopback6_lo"] == 1
+    assert row["connections"] == 1 << 19
+    assert row["timeout_s"][value("CONNECTION_ESTABLISHED")] == 8000
+    assert row["timeout_s"][value("CONNECTION_CLOSED")] == 10
+    assert len(row["timeout_s"]) == 16
+    off = config().model_copy(
+        update={
+            "masquerade": config().masquerade.model_copy(update={"ipv6": False}),
+            "conntrack": config().conntrack.model_copy(update={"max": 1025}),
+        }
+    )
+    wanted, _ = settle(FakeKernel(), off, objects())
+    assert wanted.tables.node["masquerade6_hi"] == 0
+    assert wanted.tables.node["connections"] == 2048
+
+
+RANGES = st.lists(
+    st.tuples(st.integers(0, 80), st.integers(0, 9)).map(lambda pair: (pair[0], sum(pair)))
+)
+
+
+def ports_in(ranges):
+    return {port for first, last in ranges for port in range(first, last + 1)}
+
+
+@given(RANGES, RANGES)
+def test_ranges_of_ports_are_sets(one, other):
+    one, other = merged(one), merged(other)
+    assert parse(shown(one) + "\n") == one
+    assert ports_in(merged([*one, *other])) == ports_in(one) | ports_in(other)
+    assert ports_in(without(one, other)) == ports_in(one) - ports_in(other)
+    assert all(a[1] + 1 < b[0] for a, b in pairwise(one))
+
+
 DAMAGE = {
     "host gone": lambda k: k.links.pop(HOST, None),
     "host down": lambda k: (
@@ -159,6 +223,7 @@ DAMAGE = {
     ).add((ip_address("10.9.9.9"), 32)),
     "neighbours gone": lambda k: k.neighbours.clear(),
     "neighbour back": lambda k: k.known("192.0.2.2"),
+    "ports free": lambda k: setattr(k, "reserved", ()),
 }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pyroute2 import IPRoute, NetlinkError
 
+from dataplane.control import ports
 from dataplane.control.model import (
     HOST,
     HOST_MTU,
@@ -25,6 +26,8 @@ from dataplane.control.model import (
     HostRoute,
     Link,
     Neighbour,
+    Ranges,
+    Reservation,
     Route,
 )
 from xdp.device import channels, checksum_off
@@ -35,11 +38,28 @@ FAMILIES = {2: 4, 10: 6}
 AF = {4: 2, 6: 10}
 NTF_USE = 0x01
 ONLINK = 0x4  # RTNH_F_ONLINK
+RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")  # IPv6's too
 SCOPE_ANY = 255  # RT_SCOPE_NOWHERE: in a deletion, a route of any scope
 
 
 class KernelRefused(Exception):
     """A change that the kernel did not take."""
+
+
+def reserved_ports() -> Ranges | None:
+    """Return the ports kept from sockets that ask for any; None: the kernel has no such list."""
+    try:
+        return ports.parse(RESERVED.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _recorded(record: Path) -> Ranges:
+    """Return what a record says that we added."""
+    try:
+        return ports.parse(record.read_text())
+    except (OSError, ValueError):
+        return ()
 
 
 def _mac(text: str | None) -> bytes:
@@ -76,7 +96,7 @@ class Kernel:
                 if found:
                     neighbours[found.device, found.address] = found
         frozen = {index: frozenset(entries) for index, entries in addresses.items()}
-        return Actual(links, frozen, tuple(routes), neighbours)
+        return Actual(links, frozen, tuple(routes), neighbours, reserved_ports())
 
     def _link(self, message) -> Link:
         name = message.get_attr("IFLA_IFNAME")
@@ -246,6 +266,33 @@ class Kernel:
                 state=NUD_PERMANENT,
                 family=AF[address.version],
             )
+
+    def reserve_ports(self, wanted: Reservation) -> None:
+        """Keep ports from sockets that ask for any; what is added is recorded before."""
+        have = reserved_ports()
+        if have is None:
+            raise KernelRefused(f"{RESERVED} cannot be read")
+        added = ports.merged([*_recorded(wanted.record), *ports.without(wanted.ports, have)])
+        fresh = wanted.record.with_name(f".{wanted.record.name}")
+        try:
+            fresh.write_text(ports.shown(added))
+            fresh.rename(wanted.record)
+            RESERVED.write_text(ports.shown(ports.merged([*have, *wanted.ports])))
+        except OSError as error:
+            raise KernelRefused(f"reserving ports {ports.shown(added)}: {error}") from error
+
+    def release_ports(self, record: Path) -> str:
+        """Undo reserve_ports; return the ports, empty when there is nothing to undo."""
+        added, have = _recorded(record), reserved_ports()
+        if not added or have is None:
+            return ""
+        try:
+            # The kernel takes an empty line as an empty list, but not an empty write.
+            RESERVED.write_text(ports.shown(ports.without(have, added)) + "\n")
+            record.unlink(missing_ok=True)
+        except OSError as error:
+            raise KernelRefused(f"releasing ports {ports.shown(added)}: {error}") from error
+        return ports.shown(added)
 
     def provoke(self, device: int, address: Address) -> None:
         """Make the kernel resolve a neighbour, as if a packet were for it (NTF_USE)."""
