@@ -223,6 +223,7 @@ class Backend:
             pod_namespace=request.arguments.get("K8S_POD_NAMESPACE", ""),
             pod_name=request.arguments.get("K8S_POD_NAME", ""),
             pod_uid=request.arguments.get("K8S_POD_UID", ""),
+            port_mappings=request.port_mappings,
         )
 
     async def _wait_ready(self, endpoint: Endpoint) -> None:

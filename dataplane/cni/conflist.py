@@ -12,6 +12,8 @@ import json
 import os
 from pathlib import Path
 
+from dataplane.cni.portmap import CAPABILITY
+
 FILE = "05-penstock.conflist"
 
 
@@ -21,7 +23,14 @@ def content(socket: Path, deletes: Path, name: str = "penstock") -> str:
         "cniVersion": "1.0.0",
         "cniVersions": ["0.4.0", "1.0.0", "1.1.0"],
         "name": name,
-        "plugins": [{"type": "penstock-cni", "socket": str(socket), "deletes": str(deletes)}],
+        "plugins": [
+            {
+                "type": "penstock-cni",
+                "capabilities": {CAPABILITY: True},
+                "socket": str(socket),
+                "deletes": str(deletes),
+            }
+        ],
     }
     return json.dumps(conflist, indent=2) + "\n"
 

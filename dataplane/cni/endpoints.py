@@ -11,9 +11,11 @@ listeners learn of every change.
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
+
+from dataplane.cni.portmap import PortMapping
 
 Key = tuple[str, str, str]  # network, container id, interface
 
@@ -38,6 +40,7 @@ class Endpoint:
     pod_namespace: str = ""
     pod_name: str = ""
     pod_uid: str = ""
+    port_mappings: tuple[PortMapping, ...] = ()
 
     @property
     def key(self) -> Key:
@@ -46,7 +49,7 @@ class Endpoint:
 
     def to_json(self) -> str:
         """The record as a JSON object."""
-        plain = {name: _plain(value) for name, value in asdict(self).items()}
+        plain = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
         return json.dumps(plain, indent=1)
 
     @staticmethod
@@ -58,6 +61,8 @@ class Endpoint:
             values = {name: value for name, value in values.items() if name in known}
             for name, kind in (("address4", IPv4Address), ("address6", IPv6Address)):
                 values[name] = kind(values[name]) if values.get(name) else None
+            mappings = values.get("port_mappings") or ()
+            values["port_mappings"] = tuple(PortMapping.read(entry) for entry in mappings)
             if not isinstance(values.get("number"), int):
                 raise ValueError(f"number is {values.get('number')!r}")
             return Endpoint(**values)
@@ -156,4 +161,6 @@ class Endpoints:
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return [mapping.plain() for mapping in value]
     return str(value) if isinstance(value, IPv4Address | IPv6Address) else value

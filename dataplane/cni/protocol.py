@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dataplane.cni.errors import CniError, Code
+from dataplane.cni.portmap import PortMapping, port_mappings
 
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 NEWEST = VERSIONS[-1]
@@ -46,6 +47,7 @@ class Request:
     ifname: str = ""
     arguments: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    port_mappings: tuple[PortMapping, ...] = ()  # of an ADD
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -87,6 +89,7 @@ def parse(data: bytes) -> Request:
         ifname=environment.get("CNI_IFNAME", ""),
         arguments=_arguments(environment.get("CNI_ARGS", "")),
         config=config,
+        port_mappings=port_mappings(config) if command == "ADD" else (),
     )
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dataplane.cni import result
 from dataplane.cni.errors import CniError, Code
 from dataplane.cni.model import Attachment, NodeAddressing, host_name, macs
+from dataplane.cni.portmap import PortMapping
 from dataplane.cni.protocol import VERSIONS, error_body, parse, version_of
 
 NODE = NodeAddressing(
@@ -93,6 +94,55 @@ def test_a_wrong_request_is_refused_with_the_code_and_the_value(data, code, name
     error = refused(data)
     assert error.code == code
     assert named in str(error)
+
+
+MAPPING = {"hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": ""}
+
+
+def test_port_mappings_are_read():
+    given = [
+        MAPPING,
+        {"hostPort": 53, "containerPort": 5353, "protocol": "UDP", "hostIP": "192.0.2.1"},
+        {"hostPort": 53, "containerPort": 5353, "hostIP": "::"},
+        {"hostPort": 9, "containerPort": 9, "protocol": "sctp"},
+        MAPPING,
+    ]
+    request = parse(add_request(runtimeConfig={"portMappings": given, "mac": "x"}))
+    assert request.port_mappings == (
+        PortMapping(8080, 80, "TCP"),
+        PortMapping(53, 5353, "UDP", ip_address("192.0.2.1")),
+        PortMapping(53, 5353, "TCP"),
+        PortMapping(9, 9, "SCTP"),
+    )
+    assert all(PortMapping.read(one.plain()) == one for one in request.port_mappings)
+    assert parse(add_request(runtimeConfig=None)).port_mappings == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hostPort": 0}, "hostPort"),
+        ({"hostPort": 65536}, "65536"),
+        ({"containerPort": "80"}, "containerPort"),
+        ({"protocol": "icmp"}, "icmp"),
+        ({"protocol": 6}, "protocol"),
+        ({"hostIP": "here"}, "here"),
+        ({"hostIP": 7}, "hostIP"),
+    ],
+)
+def test_a_wrong_port_mapping_is_refused_at_add_and_no_hindrance_to_del(changes, named):
+    wrong = {"portMappings": [{**MAPPING, **changes}]}
+    error = refused(add_request(runtimeConfig=wrong))
+    assert error.code == Code.INVALID_CONFIG
+    assert named in str(error)
+    assert parse(add_request(COMMAND="DEL", runtimeConfig=wrong)).port_mappings == ()
+
+
+@pytest.mark.parametrize("wrong", [[1], {"portMappings": {}}, {"portMappings": [1]}, "x"])
+def test_runtime_configuration_of_another_shape_is_refused(wrong):
+    assert code_of(add_request(runtimeConfig=wrong)) == (
+        None if wrong == {"portMappings": {}} else Code.INVALID_CONFIG
+    )
 
 
 def test_gc_wants_pairs_of_strings():

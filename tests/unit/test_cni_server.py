@@ -378,6 +378,7 @@ def test_the_conflist_is_written_once_and_removed(tmp_path):
     assert os.listdir(folder) == [conflist.FILE]
     told = json.loads((folder / conflist.FILE).read_text())
     assert told["plugins"][0]["socket"] == str(tmp_path / "other.sock")
+    assert told["plugins"][0]["capabilities"] == {"portMappings": True}
     assert conflist.remove(folder)
     assert not conflist.remove(folder)
 

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataplane.cni.endpoints import Endpoint, Endpoints
+from dataplane.cni.portmap import PortMapping, host_ports
+from dataplane.services.model import HostPort
 
 SAMPLE = Endpoint(
     number=1,
@@ -100,6 +102,16 @@ kinds = {
     str: st.text(max_size=20),
     IPv4Address | None: st.none() | st.ip_addresses(v=4),
     IPv6Address | None: st.none() | st.ip_addresses(v=6),
+    tuple[PortMapping, ...]: st.lists(
+        st.builds(
+            PortMapping,
+            st.integers(1, 65535),
+            st.integers(1, 65535),
+            st.sampled_from(["TCP", "UDP", "SCTP"]),
+            st.none() | st.ip_addresses().filter(lambda at: not at.is_unspecified),
+        ),
+        max_size=3,
+    ).map(tuple),
 }
 
 
@@ -107,6 +119,23 @@ kinds = {
 def test_any_record_survives_its_text(values):
     endpoint = Endpoint(**values)
     assert Endpoint.from_json(endpoint.to_json()) == endpoint
+
+
+def test_records_of_an_older_version_have_no_port_mappings():
+    text = SAMPLE.to_json().replace('"port_mappings": []', '"unknown": 1')
+    assert Endpoint.from_json(text) == SAMPLE
+
+
+def test_port_mappings_become_host_ports():
+    node = IPv4Address("192.0.2.1")
+    mappings = (PortMapping(8080, 80, "TCP"), PortMapping(53, 5353, "UDP", node))
+    pods = (SAMPLE.address4, SAMPLE.address6)
+    assert host_ports([replace(SAMPLE, port_mappings=mappings), SAMPLE]) == [
+        HostPort("shop/web", 8080, "TCP", 80, pods),
+        HostPort("shop/web", 53, "UDP", 5353, pods, node),
+    ]
+    nameless = replace(SAMPLE, pod_name="", address6=None, port_mappings=mappings[:1])
+    assert host_ports([nameless]) == [HostPort("container c1", 8080, "TCP", 80, pods[:1])]
 
 
 def test_fields_of_a_newer_version_are_ignored():
