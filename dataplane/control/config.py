@@ -200,6 +200,9 @@ class Services(_Section):
         default_factory=list,
         description="networks whose addresses serve NodePorts; empty: the InternalIPs",
     )
+    healthz_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        0, description="port of kube-proxy's /healthz for load balancers, there 10256; 0: none"
+    )
     no_backend: Literal["reject", "drop"] = Field(
         "reject", description="answer of a service that has no backend"
     )
