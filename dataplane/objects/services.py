@@ -258,7 +258,7 @@ def _service_ports(spec: Mapping[str, Any]) -> tuple[ServicePort, ...]:
             _target_port(entry.get("targetPort"), (*place, "targetPort")),
             _port_number(entry, place, "nodePort"),
         )
-        if port.name in names:
+        if port.name in names or (len(entries) > 1 and not port.name):
             what = f"{port.name!r} is another port's name" if port.name else "is missing"
             raise refuse((*place, "name"), f"{what}: of several ports each has its own")
         names.add(port.name)

@@ -48,3 +48,15 @@ def read(path: Path) -> dict[int, str]:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return {int(row): str(name) for row, name in json.loads(path.read_text()).items()}
     return {}
+
+
+def split(name: str) -> tuple[str, str]:
+    """Return (service and port, kind) of a row's name: ("shop/web:http", "cluster").
+
+    Kinds are cluster, external, balancer, host, and address for rows that have no service.
+    """
+    parts = name.split("/")
+    for at, part in enumerate(parts):
+        if part in ("v4", "v6") and 0 < at < len(parts) - 1:
+            return "/".join(parts[: at - 1]), parts[at + 1]
+    return "", "address" if name else ""

@@ -138,7 +138,7 @@ class Parts:
         return first
 
     def _find(self, count: int) -> int:
-        near = count.bit_length()
+        near = min(count.bit_length(), len(self._buckets) - 1)
         for tries, first in enumerate(self._buckets[near]):
             if self._lengths[first] >= count:
                 return first

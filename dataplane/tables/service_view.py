@@ -27,6 +27,8 @@ FLAGS = {
         "SERVICE_HOST_PORT",
     )
 }
+SIDES = ("inside", "outside")
+TABLES = ("inside_table", "outside_table")
 STATES = {
     number: name.removeprefix("BACKEND_").lower() for name, number in ENUM["backend_state"].items()
 }
@@ -83,7 +85,7 @@ def _service(shm: Shm, row: int) -> dict[str, Any]:
         "sources": [str(_network(one)) for one in ranges],
         **{
             f"{side}{what}": int(service[name]) & COUNT_MASK
-            for side in ("inside", "outside")
+            for side in SIDES
             for what, name in (("", side), ("_maglev", f"{side}_table"))
         },
     }
@@ -111,12 +113,18 @@ def backend(shm: Shm, row: int) -> dict[str, Any]:
     }
 
 
+def listed(shm: Shm, service: int, side: str) -> list[dict[str, Any]]:
+    """Return the backends of one side's list, each once, in its order."""
+    words = part(shm.backend_lists, int(shm.services[service][side]))
+    return [backend(shm, row) for row in dict.fromkeys(words.tolist())]
+
+
 def backends(shm: Shm) -> list[dict[str, Any]]:
     """Return every backend, in the order of rows, with the services whose lists name it."""
     users: dict[int, set[int]] = {}
     led = {int(shm.frontends[at]["service"]) for at in used(shm, "frontends", USED)}
     for service in sorted(led):
-        for side in ("inside", "outside"):
+        for side in SIDES:
             for row in set(part(shm.backend_lists, int(shm.services[service][side])).tolist()):
                 users.setdefault(row, set()).add(service)
     return [
@@ -128,7 +136,7 @@ def backends(shm: Shm) -> list[dict[str, Any]]:
 def maglev(shm: Shm, service: int) -> list[dict[str, Any]]:
     """Return how a service's tables divide among its backends, by side."""
     found = []
-    for side in ("inside", "outside"):
+    for side in SIDES:
         table = part(shm.maglev, int(shm.services[service][f"{side}_table"]))
         for row, count in zip(*np.unique(table, return_counts=True), strict=True):
             found.append(
@@ -164,10 +172,6 @@ def decoded(shm: Shm) -> dict[tuple[str, int, str], dict[str, Any]]:
             }
         found[entry["address"], entry["port"], entry["protocol"]] = rows[number]
     return found
-
-
-SIDES = ("inside", "outside")
-TABLES = ("inside_table", "outside_table")
 
 
 def _named(words: np.ndarray, word: np.uint64, names: dict[int, tuple]) -> tuple:
