@@ -1,11 +1,12 @@
-"""The engine alone, from memory: ns a packet and stage, and new connections a second. `make engine`.
+"""The engine alone, from memory: ns a packet and stage, and new connections a second. `make
+engine`.
 
 Rule: what is measured is one compiled call; Python's part is nothing.
 
 Theory. A measurement sends vectors of 256 through the stages in turn; a second one stops a stage
-earlier, and the difference is the stage. Established flows have all been seen before; new connections
-are timed from an empty table. The least of many repeats is the machine's own speed, the median is
-what one gets beside its neighbours. The cases are those of engine_world.py.
+earlier, and the difference is the stage. Established flows have all been seen before; new
+connections are timed from an empty table. The least of many repeats is the machine's own speed, the
+median is what one gets beside its neighbours. The cases are those of engine_world.py.
 """
 
 import argparse

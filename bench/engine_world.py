@@ -2,11 +2,12 @@
 
 Rule: no device, no ring, no system call: the kernels that a worker runs, on frames in memory.
 
-Theory. Packets come from a pod, 64-byte UDP. A *case* says where they go: to a pod of the same node, to
-another node through VXLAN, or to a ClusterIP whose backends are behind VXLAN, with policies in force.
-A frame is restored from an image table at each turn, as a NIC would write it, into one of RING frames,
-as many as a forwarder has; images are read in their order, but the connections that they belong to
-lie where their hashes put them, so tables of a million connections miss the cache at each packet.
+Theory. Packets come from a pod, 64-byte UDP. A *case* says where they go: to a pod of the same
+node, to another node through VXLAN, or to a ClusterIP whose backends are behind VXLAN, with
+policies in force. A frame is restored from an image table at each turn, as a NIC would write it,
+into one of RING frames, as many as a forwarder has; images are read in their order, but the
+connections that they belong to lie where their hashes put them, so tables of a million connections
+miss the cache at each packet.
 """
 
 import struct

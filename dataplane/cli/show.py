@@ -190,7 +190,7 @@ def flows(config: Any, path: Path | None, output: str, last: int) -> None:
     from dataplane.tables import view
 
     columns = ("source", "source_port", "destination", "destination_port", "protocol", "verdict")
-    rest = ("reason", "ingress", "egress", "packets", "bytes", "age_ms")
+    rest = ("reason", "ingress", "packets", "bytes", "age_ms")
     show(view.flows(_shm(config), last), output, (*columns, *rest))
 
 

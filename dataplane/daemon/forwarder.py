@@ -12,6 +12,7 @@ import asyncio
 import os
 import signal
 import time
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dataplane.engine.conntrack import WARN_PERCENT, Conntrack
 from dataplane.engine.ports import Ports
 from dataplane.engine.steer import FILE, Steering
 from dataplane.engine.worker import Worker
+from dataplane.tables.connection_view import NUMBERS, Select
 from dataplane.tables.shm import Shm
 from xdp import artifacts
 from xdp.abi import CONST, DTYPE
@@ -51,7 +53,9 @@ class Forwarder:
         row = self.bpf.maps["steering"].mmap(DTYPE["steering"])
         self.steering = Steering(row, run_dir / "shm" / FILE, int(node["watchdog_ms"]))
         shm.worker_stats[:] = 0
-        self.conntrack = Conntrack(shm, self.bpf.maps["nat_ports"].mmap(np.dtype("<u8")).view("<u4"), count)
+        self.conntrack = Conntrack(
+            shm, self.bpf.maps["nat_ports"].mmap(np.dtype("<u8")).view("<u4"), count
+        )
         bases = np.arange(frame_count, dtype=np.int64) * CONST["FRAME_STRIDE"]
         self.workers = [
             Worker(number, shm, self.umem.address, part, int(node["spin_us"]), tracker)
@@ -139,7 +143,11 @@ async def _serve(forwarder: Forwarder, config: Config) -> None:
                 return {"ports": forwarder.ports.view()}
             if op == "status":
                 return forwarder.status()
-        raise ValueError(f"unknown operation {op!r}: the forwarder knows sync, ports, status")
+            if op == "flush":
+                return {"forgotten": forwarder.conntrack.flush(_select(args))}
+        raise ValueError(
+            f"unknown operation {op!r}: the forwarder knows sync, ports, status, flush"
+        )
 
     server = await serve(config.run_dir / "forwarder.sock", answer)
     log.info("forwarding", workers=len(forwarder.workers), frames=forwarder.umem.frame_count)
@@ -151,6 +159,14 @@ async def _serve(forwarder: Forwarder, config: Config) -> None:
         except TimeoutError:
             continue
     server.close()
+
+
+def _select(args: dict[str, Any]) -> Select:
+    """What `penstock ct flush` asks for. Raises ValueError."""
+    protocol = str(args.get("protocol") or "")
+    number = NUMBERS.get(protocol, int(protocol) if protocol else None)
+    address = ip_address(args["address"]) if args.get("address") else None
+    return Select(address, args.get("port"), number)
 
 
 async def _wait_for_tables(run_dir: Path) -> Shm:

@@ -3,10 +3,10 @@
 Rule: one writer a row (the worker), any number of readers, no locks; a reader may see a packet
 counted in one table and not yet in another.
 
-Theory. Reasons are enum reason of xdp/abi.h, so a counter needs no name. Flows that pass are counted
-in their connection's record; those that do not have none, so they stand in a table of their own,
-direct-mapped by hash: a newer one replaces an older one, which bounds memory and cost. A packet that
-is held counts when it goes on.
+Theory. Reasons are enum reason of xdp/abi.h, so a counter needs no name. Flows that pass are
+counted in their connection's record; those that do not have none, so they stand in a table of their
+own, direct-mapped by hash: a newer one replaces an older one, which bounds memory and cost. A
+packet that is held counts when it goes on.
 """
 
 from typing import NamedTuple
@@ -21,10 +21,12 @@ from dataplane.kernels.batch import (
     VERDICT_SEND,
 )
 from dataplane.kernels.house import inline
+from dataplane.kernels.rows import Rows
 from xdp.abi import CONST, value
 
 FLOWS_MASK = np.uint64(CONST["FLOWS_MAX"] - 1)
 PORTS_MAX = CONST["PORTS_MAX"]
+REASONS_MAX = CONST["REASONS_MAX"]
 PORT_UPLINK = value("PORT_UPLINK")
 AUDITED = value("REASON_AUDITED")
 DROPS = 130  # reasons from here on are drops
@@ -33,22 +35,21 @@ DROPS = 130  # reasons from here on are drops
 class Counters(NamedTuple):
     """The worker's own rows of the shared counters."""
 
-    reasons: np.ndarray  # reason_counter[2, REASONS_MAX]
-    ports: np.ndarray  # port_counter[PORTS_MAX]
-    stats: np.ndarray  # worker_stats[1]
-    flows: np.ndarray  # flow[FLOWS_MAX]
-    kicks: np.ndarray  # int64[2]: transmit system calls, and those refused
-    clock: np.ndarray  # int64[3]: struct timespec for clock_gettime, and its own memory address
-    marks: np.ndarray  # int64[1]: time of the last stage mark, ns
+    reasons: Rows  # reason_counter[2, REASONS_MAX]
+    ports: Rows  # port_counter[PORTS_MAX]
+    stats: Rows  # worker_stats[1]
+    flows: Rows  # flow[FLOWS_MAX]
+    kicks: Rows  # int64[2]: transmit system calls, and those refused
+    clock: Rows  # int64[3]: struct timespec for clock_gettime, and its own memory address
+    marks: Rows  # int64[1]: time of the last stage mark, ns
 
 
 def make_counters(reasons, ports, stats, flows) -> Counters:
     """Return a worker's Counters over its rows of the shared counters (dtypes of xdp/abi.h)."""
     clock = np.zeros(3, np.int64)
     clock[2] = clock.ctypes.data
-    return Counters(
-        reasons, ports, stats, flows, np.zeros(2, np.int64), clock, np.zeros(1, np.int64)
-    )
+    rows = (reasons, ports, stats, flows, np.zeros(2, np.int64), clock, np.zeros(1, np.int64))
+    return Counters(*map(Rows, rows))
 
 
 @inline
@@ -100,8 +101,8 @@ def account(b, t, c):
         way = 0 if t.ports[port].kind == PORT_UPLINK else 1
         if b.reason[i] == 0 and b.flags[i] & FLAG_AUDITED:
             b.reason[i] = AUDITED
-        c.reasons[way, b.reason[i]].packets += 1
-        c.reasons[way, b.reason[i]].bytes += size
+        c.reasons[way * REASONS_MAX + b.reason[i]].packets += 1
+        c.reasons[way * REASONS_MAX + b.reason[i]].bytes += size
         c.ports[port].rx_packets += 1
         c.ports[port].rx_bytes += size
         if b.verdict[i] == VERDICT_SEND:

@@ -21,11 +21,13 @@ from dataplane.kernels.connections import (
     LIMIT_LEAST,
     MASK,
     MOST,
-    Tracker,
+    forget,
     make_tracker,
     restore,
     sweep,
 )
+from dataplane.kernels.rows import Rows
+from dataplane.tables.connection_view import Select, numbers
 from xdp.abi import CONST, DTYPE
 
 SLICE = 1 << 19  # records a call of `sweep` looks at, about 3 ms
@@ -39,7 +41,8 @@ class Conntrack:
 
     def __init__(self, shm: Any, nat_ports: np.ndarray, workers: int) -> None:
         """Take up what stands. nat_ports: uint32[NAT_PORTS], zeroed; the workers do not run yet."""
-        self._shm, self._nat_ports = shm, nat_ports
+        self._shm = shm
+        self._tables = tuple(map(Rows, (shm.connections, shm.connection_index, nat_ports)))
         wanted = int(shm.node[0]["connections"]) or DEFAULT
         self.records = max(CONST["CONNECTIONS_LEAST"], min(wanted, CONST["CONNECTIONS_MOST"]))
         shm.track_counters[:] = np.zeros((), DTYPE["track_counter"])
@@ -74,9 +77,7 @@ class Conntrack:
         for first, end in shm.extents("connections"):
             usable = min(end, self.records)
             if first < usable:
-                live, last = restore(
-                    shm.connections, shm.connection_index, self._nat_ports, mask, first, usable
-                )
+                live, last = restore(*self._tables, mask, first, usable)
                 self.live += live
                 highest = max(highest, last)
         for tracker in self.trackers:
@@ -91,16 +92,14 @@ class Conntrack:
         """Look at the next SLICE records; True when a pass over all has come to its end."""
         worker, position = self._position
         left = SLICE
-        tick = time.clock_gettime_ns(time.CLOCK_MONOTONIC) >> CONST["TICK_SHIFT"]
+        tick = _tick()
         while left > 0 and worker < len(self.trackers):
             words = self.trackers[worker].words
             end = min(int(words[LIMIT]), position + left)
             first = int(words[FIRST])
             live, established, removed = sweep(
-                self._shm.connections,
-                self._shm.connection_index,
-                self._nat_ports,
-                self._shm.node[0]["timeout_s"],
+                *self._tables,
+                Rows(self._shm.node[0]["timeout_s"]),
                 int(words[MASK]),
                 first + position,
                 first + end,
@@ -118,6 +117,19 @@ class Conntrack:
         self._passing, self._position = [0, 0], (0, 0)
         return True
 
+    def flush(self, select: Select) -> int:
+        """Forget the connections that fit; return their number."""
+        gone = 0
+        for part in numbers(self._shm, select):
+            mask = int(self.trackers[0].words[MASK])
+            gone += forget(*self._tables, mask, Rows(part), len(part), _tick())
+        return gone
+
+    def compile(self) -> None:
+        """Compile what a forwarder calls later (engine/warm.py)."""
+        forget(*self._tables, 0, Rows(np.zeros(1, np.int64)), 0, 0)
+        restore(*self._tables, 0, 0, 0)
+
     def view(self) -> dict[str, Any]:
         """Return the gauges as plain data."""
         return {
@@ -128,4 +140,5 @@ class Conntrack:
         }
 
 
-__all__ = ["NAT_PORTS", "WARN_PERCENT", "Conntrack", "Tracker"]
+def _tick() -> int:
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC) >> CONST["TICK_SHIFT"]

@@ -1,7 +1,8 @@
 """The rings of AF_XDP sockets, seen from a worker.
 
 Rule: a frame is in exactly one place: the free stack, a fill ring, a vector, a held fragment, a
-transmit ring (until its completion). `owner` says which socket holds it, so that a socket that dies gives all back.
+transmit ring (until its completion). `owner` says which socket holds it, so that a socket that dies
+gives all back.
 
 Theory. Each (port, queue) has one socket with four single-producer single-consumer rings in shared
 memory (Documentation/networking/af_xdp.rst). All sockets of a forwarder register the same memory as
@@ -36,6 +37,7 @@ from dataplane.kernels.house import (
     store64,
     types,
 )
+from dataplane.kernels.rows import Rows
 from xdp.abi import CONST, value
 
 SOCKS_MAX = 2048  # sockets of one worker: a queue of each port and room
@@ -78,32 +80,32 @@ SOCK = np.dtype(
 class Rings(NamedTuple):
     """All that a worker's loop needs of its sockets and frames."""
 
-    socks: np.ndarray  # SOCK[SOCKS_MAX]
-    active: np.ndarray  # int64[SOCKS_MAX]: indices of open sockets
-    active_count: np.ndarray  # int64[1]
-    port_sock: np.ndarray  # int64[PORTS_MAX]: socket that transmits for a port, -1: none
-    free: np.ndarray  # int64[frames]: stack of chunk bases
-    free_count: np.ndarray  # int64[1]
-    owner: np.ndarray  # int64[frames]: socket that holds the frame, -1: nobody
-    area: np.ndarray  # int64[1]: memory address of the UMEM
-    turn: np.ndarray  # int64[1]: socket that receives first in this step
-    fill_target: np.ndarray  # int64[1]: frames that each fill ring is topped up to
+    socks: Rows  # SOCK[SOCKS_MAX]
+    active: Rows  # int64[SOCKS_MAX]: indices of open sockets
+    active_count: Rows  # int64[1]
+    port_sock: Rows  # int64[PORTS_MAX]: socket that transmits for a port, -1: none
+    free: Rows  # int64[frames]: stack of chunk bases
+    free_count: Rows  # int64[1]
+    owner: Rows  # int64[frames]: socket that holds the frame, -1: nobody
+    area: Rows  # int64[1]: memory address of the UMEM
+    turn: Rows  # int64[1]: socket that receives first in this step
+    fill_target: Rows  # int64[1]: frames that each fill ring is topped up to
 
 
 def make_rings(area: int, frames: np.ndarray) -> Rings:
     """Return empty rings over a UMEM at memory address `area`, with chunk bases `frames`."""
     total = int(frames.max()) // FRAME_STRIDE + 1 if len(frames) else 0
     rings = Rings(
-        socks=np.zeros(SOCKS_MAX, SOCK),
-        active=np.zeros(SOCKS_MAX, np.int64),
-        active_count=np.zeros(1, np.int64),
-        port_sock=np.full(PORTS_MAX, -1, np.int64),
-        free=np.zeros(len(frames), np.int64),
-        free_count=np.full(1, len(frames), np.int64),
-        owner=np.full(total, -1, np.int64),
-        area=np.full(1, area, np.int64),
-        turn=np.zeros(1, np.int64),
-        fill_target=np.zeros(1, np.int64),
+        socks=Rows(np.zeros(SOCKS_MAX, SOCK)),
+        active=Rows(np.zeros(SOCKS_MAX, np.int64)),
+        active_count=Rows(np.zeros(1, np.int64)),
+        port_sock=Rows(np.full(PORTS_MAX, -1, np.int64)),
+        free=Rows(np.zeros(len(frames), np.int64)),
+        free_count=Rows(np.full(1, len(frames), np.int64)),
+        owner=Rows(np.full(total, -1, np.int64)),
+        area=Rows(np.full(1, area, np.int64)),
+        turn=Rows(np.zeros(1, np.int64)),
+        fill_target=Rows(np.zeros(1, np.int64)),
     )
     rings.free[:] = frames[::-1]
     return rings

@@ -47,6 +47,7 @@ def _jobs() -> list[tuple[str, Callable[[], object]]]:
         ("the stages without rings", lambda: loop.process(batch, *stages)),
         ("the counters", lambda: loop.tally(batch, tables, counters)),
         ("connections' time-outs", conntrack.sweep),
+        ("and flush", conntrack.compile),
         ("the scratch files away", scratch.cleanup),
     ]
 

@@ -25,6 +25,7 @@ from dataplane.engine.rings import (
     FILL_LEAST,
     FILL_MOST,
     FRAME_STRIDE,
+    SOCK,
     SOCKS_MAX,
     STATE_EMPTY,
     STATE_OPEN,
@@ -33,6 +34,7 @@ from dataplane.engine.rings import (
 from dataplane.kernels.batch import make_batch
 from dataplane.kernels.connections import Tracker
 from dataplane.kernels.fragments import make_fragments
+from dataplane.kernels.rows import Rows
 from dataplane.kernels.tables import Tables
 from xdp.xsk import Xsk
 
@@ -135,7 +137,7 @@ class Worker:
             raise RuntimeError(f"worker {self.number} has {SOCKS_MAX} sockets, the limit")
         index = int(free[0])
         sock = self.rings.socks[index]
-        for name in self.rings.socks.dtype.names or ():
+        for name in SOCK.names or ():
             sock[name] = 0
         sock["fd"], sock["tx_fd"], sock["port"] = xsk.fd, xsk.tx_fd, port
         for name in _RINGS:
@@ -173,7 +175,7 @@ class Worker:
 
     def reclaim(self, index: int) -> int:
         """Take back the frames of a removed socket, once it is closed; return their number."""
-        held = np.flatnonzero(self.rings.owner == index)
+        held = np.flatnonzero(self.rings.owner.array == index)
         count = int(self.rings.free_count[0])
         self.rings.free[count : count + len(held)] = held * FRAME_STRIDE
         self.rings.free_count[0] = count + len(held)
@@ -192,34 +194,8 @@ class Worker:
 
 def make_tables(shm: Any) -> Tables:
     """Return the kernels' view of the tables in shared memory."""
+    arrays = {name: getattr(shm, name) for name in Tables._fields if name != "buckets"}
     return Tables(
-        node=shm.node,
-        ports=shm.ports,
-        adjacencies=shm.adjacencies,
-        rewrites=shm.rewrites,
-        fib4_wide=shm.fib4_wide,
-        fib4_deep=shm.fib4_deep,
-        fib6=shm.fib6,
-        fib6_lengths=shm.fib6_lengths,
-        control=shm.control,
-        peers=shm.peers,
-        ipcache4_wide=shm.ipcache4_wide,
-        ipcache4_deep=shm.ipcache4_deep,
-        ipcache6=shm.ipcache6,
-        ipcache6_lengths=shm.ipcache6_lengths,
-        identity_peers=shm.identity_peers,
-        subjects=shm.subjects,
-        policies=shm.policies,
-        policy_entries=shm.policy_entries,
-        frontends=shm.frontends,
-        services=shm.services,
-        backends=shm.backends,
-        backend_lists=shm.backend_lists,
-        maglev=shm.maglev,
-        source_ranges=shm.source_ranges,
-        node_ports=shm.node_ports,
-        affinities=shm.affinities,
-        connections=shm.connections,
-        connection_index=shm.connection_index,
-        buckets=np.zeros(4, np.int64),
+        buckets=Rows(np.zeros(4, np.int64)),
+        **{name: Rows(array) for name, array in arrays.items()},
     )

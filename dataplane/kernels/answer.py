@@ -4,13 +4,12 @@ Rule: an answer is written over the packet that asked for it; nothing is allocat
 
 Theory. ARP and ND replies go back out of the port they came from, which is never an uplink. Echo
 replies and ICMP errors are IP packets to the old source: they get the route of that address and
-leave through `forward`, so they find their way into a tunnel too. Pings are answered for the gateway
-and for the addresses of services. An echo request with IP options
-or extension headers is left to the node's own stack, which knows what to do with them. An error
-quotes the packet from its IP header on, as much as fits 576 bytes (RFC 1812 4.3.2.3) or 1280 (RFC
-4443 3), and is written into the headroom before it. All answers but ARP and ND draw on one token
-bucket a worker (RFC 1812 4.3.2.8, RFC 4443 2.4 f): without a token the packet is dropped as rate
-limited.
+leave through `forward`, so they find their way into a tunnel too. Pings are answered for the
+gateway and for the addresses of services. An echo request with IP options or extension headers is
+left to the node's own stack, which knows what to do with them. An error quotes the packet from its
+IP header on, as much as fits 576 bytes (RFC 1812 4.3.2.3) or 1280 (RFC 4443 3), and is written into
+the headroom before it. All answers but ARP and ND draw on one token bucket a worker (RFC 1812
+4.3.2.8, RFC 4443 2.4 f): without a token the packet is dropped as rate limited.
 """
 
 import numpy as np

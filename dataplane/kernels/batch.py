@@ -9,10 +9,9 @@ dropped as invalid. Each stage is one pass over 0..count-1 and skips packets who
 already final. Columns are int64 (uint64 for address halves and hashes): see house.py.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
+from dataplane.kernels.rows import columns
 from xdp.abi import CONST
 
 VECTOR_MAX = CONST["VECTOR_MAX"]
@@ -54,77 +53,76 @@ WAY_ORIGINAL = 0  # Batch.way: as the connection's first packet
 WAY_REPLY = 1
 
 
-class Batch(NamedTuple):
-    """Columns of a vector; each has VECTOR_MAX entries of int64 unless said otherwise."""
+NUMBER, WIDE = ("i8", VECTOR_MAX), ("u8", VECTOR_MAX)  # an entry a packet
+SEGMENT, SINGLE = ("i8", SEGMENTS_MAX), ("i8", 1)
 
-    count: np.ndarray  # int64[1]: packets in this vector
-    now_ns: np.ndarray  # int64[1]: CLOCK_MONOTONIC at the start of the step
-    area: np.ndarray  # int64[1]: memory address that `frame` and `segment_frame` count from
-    address: np.ndarray  # memory address of the first byte (Ethernet header)
-    frame: np.ndarray  # UMEM chunk base of the first segment, offset from the start of the area
-    length: np.ndarray  # bytes in the first segment
-    total: np.ndarray  # bytes of the whole packet
-    segments: np.ndarray  # segments beyond the first
-    segment_first: np.ndarray  # index of the second segment in the segment columns
-    segment_frame: np.ndarray  # int64[SEGMENTS_MAX]: UMEM chunk base of a continuation
-    segment_offset: np.ndarray  # int64[SEGMENTS_MAX]: start of its data, from the chunk base
-    segment_length: np.ndarray  # int64[SEGMENTS_MAX]
-    ingress: np.ndarray  # port index
-    egress: np.ndarray  # port index, valid once VERDICT_SEND
-    verdict: np.ndarray
-    reason: np.ndarray  # enum reason
-    kind: np.ndarray
-    flags: np.ndarray
-    l3: np.ndarray  # offset of the IP or ARP header from address
-    l4: np.ndarray  # offset of the transport header (after IPv6 extension headers)
-    ip_length: np.ndarray  # total length of the IP packet, header included
-    protocol: np.ndarray  # last next-header / IPv4 protocol
-    word: np.ndarray  # uint64: source port << 48 | target port << 32 | protocol << 8 | family
-    fragment: np.ndarray  # identification of a fragment
-    source_hi: np.ndarray  # uint64
-    source_lo: np.ndarray  # uint64
-    target_hi: np.ndarray  # uint64: destination address
-    target_lo: np.ndarray  # uint64
-    source_port: np.ndarray  # TCP, UDP, SCTP; identifier of an ICMP query; else 0
-    target_port: np.ndarray  # TCP, UDP, SCTP; identifier of an ICMP query's reply; else 0
-    ttl: np.ndarray  # TTL / hop limit
-    tos: np.ndarray  # TOS / traffic class
-    hash: np.ndarray  # uint64: flow hash (addresses, protocol, ports)
-    adjacency: np.ndarray  # row of the adjacency table, 0: none
-    remote_hi: np.ndarray  # uint64: outer source address of a decapsulated packet
-    remote_lo: np.ndarray  # uint64
-    answer_type: np.ndarray  # ICMP type of the error to send, with FLAG_ANSWER
-    answer_code: np.ndarray
-    answer_value: np.ndarray  # rest-of-header word: next-hop MTU for too-big
-    identity: np.ndarray  # of the source as the tunnel's VNI says, 0: it does not
-    connection: np.ndarray  # record of the connection, -1: none
-    way: np.ndarray  # WAY_*
-    refusal: np.ndarray  # verdict word of the policy that dropped it
-    source_identity: np.ndarray  # where a policy was asked
-    target_identity: np.ndarray
-    nat_source_hi: np.ndarray  # uint64: with FLAG_NAT, what the addresses and ports become
-    nat_source_lo: np.ndarray  # uint64
-    nat_target_hi: np.ndarray  # uint64
-    nat_target_lo: np.ndarray  # uint64
-    nat_ports: np.ndarray  # source port << 16 | target port
-    todo: np.ndarray  # packets that `connect` has to look at
-    todo_count: np.ndarray  # int64[1]
-    hashes: np.ndarray  # uint64: hash of the tuple, ports included
+COLUMNS = {
+    "count": SINGLE,  # packets in this vector
+    "now_ns": SINGLE,  # CLOCK_MONOTONIC at the start of the step
+    "area": SINGLE,  # memory address that `frame` and `segment_frame` count from
+    "address": NUMBER,  # memory address of the first byte (Ethernet header)
+    "frame": NUMBER,  # UMEM chunk base of the first segment, offset from the start of the area
+    "length": NUMBER,  # bytes in the first segment
+    "total": NUMBER,  # bytes of the whole packet
+    "segments": NUMBER,  # segments beyond the first
+    "segment_first": NUMBER,  # index of the second segment in the segment columns
+    "segment_frame": SEGMENT,  # UMEM chunk base of a continuation
+    "segment_offset": SEGMENT,  # start of its data, from the chunk base
+    "segment_length": SEGMENT,
+    "ingress": NUMBER,  # port index
+    "egress": NUMBER,  # port index, valid once VERDICT_SEND
+    "verdict": NUMBER,
+    "reason": NUMBER,  # enum reason
+    "kind": NUMBER,
+    "flags": NUMBER,
+    "l3": NUMBER,  # offset of the IP or ARP header from address
+    "l4": NUMBER,  # offset of the transport header (after IPv6 extension headers)
+    "ip_length": NUMBER,  # total length of the IP packet, header included
+    "protocol": NUMBER,  # last next-header / IPv4 protocol
+    "word": WIDE,  # source port << 48 | target port << 32 | protocol << 8 | family
+    "fragment": NUMBER,  # identification of a fragment
+    "source_hi": WIDE,
+    "source_lo": WIDE,
+    "target_hi": WIDE,  # destination address
+    "target_lo": WIDE,
+    "source_port": NUMBER,  # TCP, UDP, SCTP; identifier of an ICMP query; else 0
+    "target_port": NUMBER,  # TCP, UDP, SCTP; identifier of an ICMP query's reply; else 0
+    "ttl": NUMBER,  # TTL / hop limit
+    "tos": NUMBER,  # TOS / traffic class
+    "hash": WIDE,  # flow hash (addresses, protocol, ports)
+    "adjacency": NUMBER,  # row of the adjacency table, 0: none
+    "remote_hi": WIDE,  # outer source address of a decapsulated packet
+    "remote_lo": WIDE,
+    "answer_type": NUMBER,  # ICMP type of the error to send, with FLAG_ANSWER
+    "answer_code": NUMBER,
+    "answer_value": NUMBER,  # rest-of-header word: next-hop MTU for too-big
+    "identity": NUMBER,  # of the source as the tunnel's VNI says, 0: it does not
+    "connection": NUMBER,  # record of the connection, -1: none
+    "way": NUMBER,  # WAY_*
+    "refusal": NUMBER,  # verdict word of the policy that dropped it
+    "source_identity": NUMBER,  # where a policy was asked
+    "target_identity": NUMBER,
+    "nat_source_hi": WIDE,  # with FLAG_NAT, what the addresses and ports become
+    "nat_source_lo": WIDE,
+    "nat_target_hi": WIDE,
+    "nat_target_lo": WIDE,
+    "nat_ports": NUMBER,  # source port << 16 | target port
+    "todo": NUMBER,  # packets that `connect` has to look at
+    "todo_count": SINGLE,  # int64[1]
+    "hashes": WIDE,  # hash of the tuple, ports included
+}
+"""Name -> dtype and length of a column."""
 
 
-_UNSIGNED = {
-    f"{name}_{half}"
-    for name in ("source", "target", "remote", "nat_source", "nat_target")
-    for half in ("hi", "lo")
-} | {"hash", "hashes", "word"}
-_SEGMENTS = {"segment_frame", "segment_offset", "segment_length"}
-_SINGLE = {"count", "now_ns", "area", "todo_count"}
+class Batch(np.record):
+    """A record of COLUMNS: `b.length[i]` is the length of packet i, in Python as in kernels."""
+
+    @property
+    def flags(self) -> np.ndarray:
+        """The column, not what numpy calls the flags of a record."""
+        return self["flags"]
 
 
 def make_batch() -> Batch:
-    """Return an empty Batch with its columns allocated."""
-    columns = {}
-    for name in Batch._fields:
-        size = 1 if name in _SINGLE else SEGMENTS_MAX if name in _SEGMENTS else VECTOR_MAX
-        columns[name] = np.zeros(size, np.uint64 if name in _UNSIGNED else np.int64)
-    return Batch(**columns)
+    """Return an empty vector."""
+    return np.zeros(1, np.dtype((Batch, columns(COLUMNS))))[0]

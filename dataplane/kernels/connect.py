@@ -2,11 +2,11 @@
 
 Rule: nothing passes here that a policy has not allowed; a record exists only for what may pass.
 
-Theory. The order is Cilium's (bpf/bpf_lxc.c): service, then policies on the translated tuple, then the
-source. `track` has put on the list what it could not settle: new connections, ICMP errors, and live
-ones that were judged by older policies; those keep their record and are judged again, and one that may
-no longer pass keeps it too, so that its packets are refused at once. A packet from outside the
-cluster that belongs to no connection and no service goes to the node's own stack untouched.
+Theory. The order is Cilium's (bpf/bpf_lxc.c): service, then policies on the translated tuple, then
+the source. `track` has put on the list what it could not settle: new connections, ICMP errors, and
+live ones that were judged by older policies; those keep their record and are judged again, and one
+that may no longer pass keeps it too, so that its packets are refused at once. A packet from outside
+the cluster that belongs to no connection and no service goes to the node's own stack untouched.
 """
 
 import numpy as np
@@ -103,7 +103,7 @@ def _to_service(b, t, k, i):
     """
     none = np.int64(0)
     port = b.target_port[i]
-    frontends = t.frontends.ctypes.data
+    frontends = t.frontends.address
     hi, lo, protocol = b.target_hi[i], b.target_lo[i], b.protocol[i]
     transport = protocol == wire.TCP or protocol == wire.UDP or protocol == wire.SCTP
     service = find_frontend(frontends, hi, lo, port, protocol) if transport else none
@@ -198,7 +198,7 @@ def _source(b, t, i, service, adjacency):
 
 @inline
 def _write(t, k, record, b, i, flags, hi, lo, target_hi, target_lo, own_port, port, verdict):
-    """Fill a CLAIMED record. target_*: as received; (hi, lo), own_port: the source on the way out."""
+    """Fill a CLAIMED record. target_*: as received; hi, lo, own_port: the source on its way out."""
     c = t.connections[record]
     kind, protocol = b.kind[i], b.protocol[i]
     c.source_hi, c.source_lo = b.source_hi[i], b.source_lo[i]
@@ -272,9 +272,9 @@ def _insert(
     b, t, k, i, flags, hi, lo, target_hi, target_lo, own, port, service, backend, verdict
 ):  # fmt: skip
     """Make the record of a connection that may pass, and let its packet through."""
-    index, records = t.connection_index.ctypes.data, t.connections.ctypes.data
-    words, ports = k.words.ctypes.data, k.nat_ports.ctypes.data
-    number = allocate(index, records, words, ports, k.counters.ctypes.data)
+    index, records = t.connection_index.address, t.connections.address
+    words, ports = k.words.address, k.nat_ports.address
+    number = allocate(index, records, words, ports, k.counters.address)
     if number < 0:
         k.counters[0].refused += np.uint64(1)
         drop(b, i, INSERTION_FAILED)
@@ -314,7 +314,7 @@ def _pass(b, i, record, way, tick):
 @inline
 def _first(b, t, k, i, number):
     """Where two workers made the same connection: the record that stands first; ours goes."""
-    index, records = t.connection_index.ctypes.data, t.connections.ctypes.data
+    index, records = t.connection_index.address, t.connections.address
     found = find(
         index, records, k.words[MASK],
         b.source_hi[i], b.source_lo[i], b.target_hi[i], b.target_lo[i], b.word[i], b.hashes[i],
@@ -322,7 +322,7 @@ def _first(b, t, k, i, number):
     if found < 0 or found & 1 or found >> 1 == number:
         return number
     if swap32(records + number * RECORD + OWNER, LIVE, CLAIMED):
-        unlink(index, records, k.words[MASK], number, k.nat_ports.ctypes.data)
+        unlink(index, records, k.words[MASK], number, k.nat_ports.address)
         release(records, number, k.words[TICK])
     return found >> 1
 
@@ -386,7 +386,7 @@ def _relate(b, t, k, i):
         drop(b, i, CT_INVALID)
         return
     number, way = found >> 1, found & 1
-    record = t.connections.ctypes.data + number * RECORD
+    record = t.connections.address + number * RECORD
     if t.connections[number].generation != k.words[JUDGEMENT] and not _judge_again(t, k, number):
         drop(b, i, CT_INVALID)
         return
@@ -405,7 +405,9 @@ def _relate_addresses(b, i, record, way):
     """The outer addresses of an error become those of the connection's other side."""
     mine, other = record + way * LINE, record + (1 - way) * LINE
     b.nat_source_hi[i], b.nat_source_lo[i] = b.source_hi[i], b.source_lo[i]
-    own = np.uint64(load64(mine)) == b.source_hi[i] and np.uint64(load64(mine + 8)) == b.source_lo[i]
+    own = (
+        np.uint64(load64(mine)) == b.source_hi[i] and np.uint64(load64(mine + 8)) == b.source_lo[i]
+    )
     if own:  # from the end itself; a router between keeps its name
         b.nat_source_hi[i] = np.uint64(load64(other + 16))
         b.nat_source_lo[i] = np.uint64(load64(other + 24))
@@ -419,7 +421,7 @@ def _relate_addresses(b, i, record, way):
 def _look_again(b, t, k, i):
     """Find packet i's connection, which an earlier packet of the vector may have made."""
     found = find(
-        t.connection_index.ctypes.data, t.connections.ctypes.data, k.words[MASK],
+        t.connection_index.address, t.connections.address, k.words[MASK],
         b.source_hi[i], b.source_lo[i], b.target_hi[i], b.target_lo[i], b.word[i], b.hashes[i],
     )  # fmt: skip
     b.connection[i] = found >> 1
@@ -435,15 +437,15 @@ def _one(b, t, k, i):
         _look_again(b, t, k, i)
     number = b.connection[i]
     if number >= 0:
-        record = t.connections.ctypes.data + number * RECORD
+        record = t.connections.address + number * RECORD
         stale = load32(record + GENERATION) != k.words[JUDGEMENT]
         if not is_new(b, i, record) and (not stale or _judge_again(t, k, number)):
             if settle(b, i, record, b.way[i], k.words[TICK]):
                 return
         else:
             remove(
-                t.connection_index.ctypes.data, t.connections.ctypes.data,
-                k.words.ctypes.data, k.nat_ports.ctypes.data, number,
+                t.connection_index.address, t.connections.address,
+                k.words.address, k.nat_ports.address, number,
             )  # fmt: skip
         b.connection[i] = -1
     _create(b, t, k, i)

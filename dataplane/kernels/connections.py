@@ -10,12 +10,12 @@ tuple that its first packet carries and the tuple of a reply, after translation.
 that NAT has to do, as in the kernel's nf_conntrack. An overflowing bucket continues in the next, up
 to BUCKETS_MOST; a removed word in a full bucket stays DELETED so that what lies behind is found.
 
-Records are taken by a clock hand: it goes over the first `limit` records of the worker's part, takes
-one that is free, and remembers the best victim on its way. When nothing is free the limit doubles; at
-its end the victim gives way: closed and half-open ones first, established ones last and only when
-idle for EVICT_IDLE ticks. So memory follows the peak of live connections and a full table costs SCAN
-steps a new connection, not more. A freed record rests REST ticks: a worker in the middle of a
-vector may still look at it. All numbers are memory addresses and int64, as house.py says.
+Records are taken by a clock hand: it goes over the first `limit` records of the worker's part,
+takes one that is free, and remembers the best victim on its way. When nothing is free the limit
+doubles; at its end the victim gives way: closed and half-open ones first, established ones last and
+only when idle for EVICT_IDLE ticks. So memory follows the peak of live connections and a full table
+costs SCAN steps a new connection, not more. A freed record rests REST ticks: a worker in the middle
+of a vector may still look at it. All numbers are memory addresses and int64, as house.py says.
 """
 
 from typing import NamedTuple
@@ -41,6 +41,7 @@ from dataplane.kernels.house import (
     swap64,
 )
 from dataplane.kernels.parse import mix
+from dataplane.kernels.rows import Rows
 from xdp.abi import CONST, DTYPE, value
 
 _FIELDS = DTYPE["connection"].fields
@@ -98,10 +99,10 @@ WORDS = 8
 class Tracker(NamedTuple):
     """What a worker needs for connections beside the shared tables."""
 
-    words: np.ndarray  # int64[WORDS]
-    counters: np.ndarray  # track_counter[1]: its row
-    exhausted: np.ndarray  # exhausted[EXHAUSTED_MAX]: its row
-    nat_ports: np.ndarray  # uint32[NAT_PROTOCOLS * 65536]: connections by NAT port
+    words: Rows  # int64[WORDS]
+    counters: Rows  # track_counter[1]: its row
+    exhausted: Rows  # exhausted[EXHAUSTED_MAX]: its row
+    nat_ports: Rows  # uint32[NAT_PROTOCOLS * 65536]: connections by NAT port
 
 
 def make_tracker(
@@ -123,7 +124,7 @@ def make_tracker(
     words[MASK] = records * 4 // WAYS - 1
     words[WORKERS] = workers
     counters[0]["limit"] = words[LIMIT]
-    return Tracker(words, counters, exhausted, nat_ports)
+    return Tracker(Rows(words), Rows(counters), Rows(exhausted), Rows(nat_ports))
 
 
 @inline
@@ -273,7 +274,7 @@ def latest(record):
 
 @inline
 def _rank(record, tick):
-    """How much a live record deserves to stay; an established, active one: never less than 2**40."""
+    """How much a live record deserves to stay; an established, active one: 2**40 and more."""
     state = load8(record + STATE)
     idle = tick - latest(record)
     if idle < 0:
@@ -362,10 +363,10 @@ def remove(index, records, words, nat_ports, number):
 def sweep(connections, index, nat_ports, timeout_s, mask, first, end, tick):
     """Forget records first..end-1 whose time is over; return (live, established, removed).
 
-    Runs beside the workers. connections: connection[]; index: uint64[]; nat_ports: uint32[];
-    timeout_s: uint32[TIMEOUTS_MAX]; mask: buckets - 1; tick: now.
+    Runs beside the workers. connections, index, nat_ports: Rows of connection, uint64, uint32;
+    timeout_s: Rows of uint32[TIMEOUTS_MAX]; mask: buckets - 1; tick: now.
     """
-    records, where, ports = connections.ctypes.data, index.ctypes.data, nat_ports.ctypes.data
+    records, where, ports = connections.address, index.address, nat_ports.address
     live = established = removed = 0
     for number in range(first, end):
         record = records + number * RECORD
@@ -385,14 +386,28 @@ def sweep(connections, index, nat_ports, timeout_s, mask, first, end, tick):
     return live, established, removed
 
 
+@kernel
+def forget(connections, index, nat_ports, mask, numbers, count, tick):
+    """Forget the records of a list; return how many were there. numbers: Rows of int64."""
+    records, where, ports = connections.address, index.address, nat_ports.address
+    gone = 0
+    for n in range(count):
+        record = records + numbers[n] * RECORD
+        if swap32(record + OWNER, LIVE, CLAIMED):
+            unlink(where, records, mask, numbers[n], ports)
+            release(records, numbers[n], tick)
+            gone += 1
+    return gone
+
 
 @kernel
 def restore(connections, index, nat_ports, mask, first, end):
-    """Index records first..end-1 again, after a forwarder has died; return (live, highest + 1).
+    """Index records first..end-1 again after a forwarder has died; return (live, highest + 1).
 
-    The index must be empty. Records that were CLAIMED become free: nobody is at work on them.
+    Arguments as for `sweep`; the index must be empty. Records that were CLAIMED become free: nobody
+    is at work on them.
     """
-    records, where, ports = connections.ctypes.data, index.ctypes.data, nat_ports.ctypes.data
+    records, where, ports = connections.address, index.address, nat_ports.address
     live = highest = 0
     for number in range(first, end):
         record = records + number * RECORD

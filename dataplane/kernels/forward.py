@@ -138,7 +138,7 @@ def _forward_one(b, t, i, rewrites):
 def forward(b, t):
     """Complete every packet that is still pending. About 10 ns into VXLAN."""
     count = b.count[0]
-    rewrites = t.rewrites.ctypes.data
+    rewrites = t.rewrites.address
     for i in range(count):
         prefetch(rewrites + b.adjacency[i] * HEADER_MAX)
         prefetch(b.address[i] - 64)

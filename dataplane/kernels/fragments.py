@@ -3,10 +3,11 @@
 Rule: a later fragment goes the way of its datagram's first one, or waits for it, or is dropped.
 
 Theory. Only the first fragment has ports, and policies and NAT need them (RFC 2663 calls virtual
-reassembly what we do: nothing is put together). The first one leaves its ports in a small table under
-(source, target, identification, protocol); later ones take them from there. One that comes before the
-first is held: its frame stays with the engine until the first one arrives, at most HOLD_NS, and HELD_MAX
-of them a worker. Fragments of one datagram have one hash (parse.py) and so one worker.
+reassembly what we do: nothing is put together). The first one leaves its ports in a small table
+under (source, target, identification, protocol); later ones take them from there. One that comes
+before the first is held: its frame stays with the engine until the first one arrives, at most
+HOLD_NS, and HELD_MAX of them a worker. Fragments of one datagram have one hash (parse.py) and so
+one worker.
 """
 
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from dataplane.kernels.batch import (
 )
 from dataplane.kernels.house import inline, kernel
 from dataplane.kernels.parse import drop, mix, tuple_word
+from dataplane.kernels.rows import Rows
 from xdp.abi import value
 
 SETS_MASK = np.uint64(255)
@@ -38,17 +40,26 @@ NOT_FOUND = value("REASON_FRAGMENT_NOT_FOUND")
 
 SLOT_FREE, SLOT_WAITING, SLOT_READY = 0, 1, 2
 
+_DATAGRAM = (
+    *((f"{end}_{half}", "u8") for end in ("source", "target") for half in ("hi", "lo")),
+    ("identification", "i8"),
+    ("kind", "i8"),
+)
 KNOWN = np.dtype(
-    [("source_hi", "u8"), ("source_lo", "u8"), ("target_hi", "u8"), ("target_lo", "u8")]
-    + [("identification", "i8"), ("kind", "i8"), ("ports", "i8"), ("seen_ns", "i8")]
+    [
+        *_DATAGRAM,
+        ("ports", "i8"),
+        ("seen_ns", "i8"),
+    ]
 )
 """A first fragment. kind: protocol << 8 | family; ports: source << 16 | target."""
 
 WAITING = np.dtype(
-    [("source_hi", "u8"), ("source_lo", "u8"), ("target_hi", "u8"), ("target_lo", "u8")]
-    + [("identification", "i8"), ("kind", "i8"), ("since_ns", "i8"), ("state", "i8")]
-    + [("address", "i8"), ("frame", "i8"), ("length", "i8"), ("ingress", "i8"), ("flags", "i8")]
-    + [("identity", "i8")]
+    [
+        *_DATAGRAM,
+        *((name, "i8") for name in ("since_ns", "state", "address", "frame", "length")),
+        *((name, "i8") for name in ("ingress", "flags", "identity")),
+    ]
 )
 """A later fragment that came first, with what the engine needs to receive it again."""
 
@@ -56,17 +67,17 @@ WAITING = np.dtype(
 class Fragments(NamedTuple):
     """A worker's own memory of fragments."""
 
-    known: np.ndarray  # KNOWN[256 * WAYS]
-    waiting: np.ndarray  # WAITING[HELD_MAX]
-    waiting_count: np.ndarray  # int64[1]: slots that are not free
+    known: Rows  # KNOWN[256 * WAYS]
+    waiting: Rows  # WAITING[HELD_MAX]
+    waiting_count: Rows  # int64[1]: slots that are not free
 
 
 def make_fragments() -> Fragments:
     """Return empty Fragments."""
     return Fragments(
-        np.zeros((int(SETS_MASK) + 1) * WAYS, KNOWN),
-        np.zeros(HELD_MAX, WAITING),
-        np.zeros(1, np.int64),
+        Rows(np.zeros((int(SETS_MASK) + 1) * WAYS, KNOWN)),
+        Rows(np.zeros(HELD_MAX, WAITING)),
+        Rows(np.zeros(1, np.int64)),
     )
 
 

@@ -3,8 +3,8 @@
 Rule: judge decides and notes which ICMP error the sender deserves; `answer` writes it.
 
 Theory. IPv4 packets that are too large are refused with or without DF: the forwarder does not
-fragment (RFC 1191, RFC 8201). A packet that came through an uplink is for this node; only one that a
-service sends on goes out again. What `connect` has refused already is left alone.
+fragment (RFC 1191, RFC 8201). A packet that came through an uplink is for this node; only one that
+a service sends on goes out again. What `connect` has refused already is left alone.
 """
 
 import numpy as np
@@ -74,7 +74,7 @@ def _judge_one(b, t, i):
 def judge(b, t):
     """Refuse what cannot be forwarded. About 2 ns a packet that can."""
     count = b.count[0]
-    rows = t.adjacencies.ctypes.data
+    rows = t.adjacencies.address
     for i in range(count):
         prefetch(rows + b.adjacency[i] * ADJACENCY_BYTES)
     for i in range(count):

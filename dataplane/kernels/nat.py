@@ -2,12 +2,13 @@
 
 Rule: no two connections have the same reply tuple, and no port that the node itself uses is taken.
 
-Theory. A port is taken for one destination only: what must be unique is the tuple of the replies, so
-one node address serves as many connections as there are ports for each destination (RFC 4787 calls
-it address and port-dependent mapping; RFC 7857 wants ports kept apart only where they meet). The
-connection's own port is kept when its tuple is free; else ports are tried one after the other from
-a place that the flow's hash gives (RFC 6056 3.3.3). When TRIES ports are taken the packet is dropped
-and the destination is remembered, since it is the destination that has run out, not the node.
+Theory. A port is taken for one destination only: what must be unique is the tuple of the replies,
+so one node address serves as many connections as there are ports for each destination (RFC 4787
+calls it address and port-dependent mapping; RFC 7857 wants ports kept apart only where they meet).
+The connection's own port is kept when its tuple is free; else ports are tried one after the other
+from a place that the flow's hash gives (RFC 6056 3.3.3). When TRIES ports are taken the packet is
+dropped and the destination is remembered, since it is the destination that has run out, not the
+node.
 """
 
 import numpy as np
@@ -44,7 +45,7 @@ def _is_free(t, k, kind, protocol, source_hi, source_lo, port, target_hi, target
     hashed = mix(target_hi, target_lo, source_hi, source_lo, word)
     return (
         find(
-            t.connection_index.ctypes.data, t.connections.ctypes.data, k.words[MASK],
+            t.connection_index.address, t.connections.address, k.words[MASK],
             target_hi, target_lo, source_hi, source_lo, word, hashed,
         )
         < 0
@@ -54,7 +55,7 @@ def _is_free(t, k, kind, protocol, source_hi, source_lo, port, target_hi, target
 @inline
 def _is_nodes(t, protocol, port):
     """Whether the node's own sockets use a port."""
-    return (np.int64(t.node_ports[port_row(protocol), port >> 3]) >> (port & 7)) & 1
+    return (np.int64(t.node_ports[(port_row(protocol) << 13) + (port >> 3)]) >> (port & 7)) & 1
 
 
 @inline

@@ -4,10 +4,10 @@ Rule: a constant number of probes, whatever the number of rules; what is not kno
 
 Theory. As Cilium's policy map (bpf/lib/policy.h), with groups in the place of identities: addresses
 that no rule tells apart have one group, so a rule about ten thousand pods is one entry. Two chains
-are asked, the peer's group and "any peer" (0); in each the longest port prefix that is there counts,
-and the compiler has folded shorter ones into it. A deny of either chain wins, then an allow, then
-what the policy says of the rest. A row of zeros says nothing, which is a deny: a new pod is closed
-until its policy is written. The verdict word carries the rule's number (xdp/abi.h).
+are asked, the peer's group and "any peer" (0); in each the longest port prefix that is there
+counts, and the compiler has folded shorter ones into it. A deny of either chain wins, then an
+allow, then what the policy says of the rest. A row of zeros says nothing, which is a deny: a new
+pod is closed until its policy is written. The verdict word carries the rule's number (xdp/abi.h).
 """
 
 import numpy as np
@@ -99,7 +99,7 @@ def egress(t, row, group, protocol, port):
     """Verdict word of policy `row` for what its pod sends to a peer."""
     policy = t.policies[row]
     return ask(
-        t.policy_entries.ctypes.data,
+        t.policy_entries.address,
         row, group, 1, protocol, port,
         np.int64(policy.egress_depths), np.int64(policy.egress_otherwise),
     )  # fmt: skip
@@ -110,7 +110,7 @@ def ingress(t, row, group, protocol, port):
     """Verdict word of policy `row` for what its pod receives from a peer."""
     policy = t.policies[row]
     return ask(
-        t.policy_entries.ctypes.data,
+        t.policy_entries.address,
         row, group, 0, protocol, port,
         np.int64(policy.ingress_depths), np.int64(policy.ingress_otherwise),
     )  # fmt: skip

@@ -4,8 +4,8 @@ Rule: a refusal notes what is to be answered; `answer` writes it.
 
 Theory. A router tells the source why it drops (RFC 1812 4.3, RFC 4443 2.4), but never about an ICMP
 error, a multicast, or a fragment other than the first, which could multiply traffic. What a policy
-denies is answered only when the policy asks for it: silence is the default, as Cilium's, and an answer
-saves the client its time-out.
+denies is answered only when the policy asks for it: silence is the default, as Cilium's, and an
+answer saves the client its time-out.
 """
 
 import numpy as np

@@ -2,10 +2,11 @@
 
 Rule: an error passes only when the packet that it quotes belongs to a connection that may pass.
 
-Theory. RFC 792 and RFC 4443 quote the packet as its sender of the error saw it: after translation. An
-error travels against that packet, so the connection's direction is that of the quoted tuple turned
-round. Eight bytes of transport header are always there (RFC 792), and hold the ports. Errors need no
-rule of their own and keep nothing alive (RFC 5508 3.2); nobody may quote what does not exist.
+Theory. RFC 792 and RFC 4443 quote the packet as its sender of the error saw it: after translation.
+An error travels against that packet, so the connection's direction is that of the quoted tuple
+turned round. Eight bytes of transport header are always there (RFC 792), and hold the ports. Errors
+need no rule of their own and keep nothing alive (RFC 5508 3.2); nobody may quote what does not
+exist.
 """
 
 import numpy as np
@@ -96,7 +97,7 @@ def find_related(b, t, k, i):
         target_hi = load64be(at + wire.IP6_TARGET)
         target_lo = load64be(at + wire.IP6_TARGET + 8)
     return find(
-        t.connection_index.ctypes.data, t.connections.ctypes.data, k.words[MASK],
+        t.connection_index.address, t.connections.address, k.words[MASK],
         target_hi, target_lo, source_hi, source_lo, word,
         mix(target_hi, target_lo, source_hi, source_lo, word),
     )  # fmt: skip

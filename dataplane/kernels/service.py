@@ -2,12 +2,12 @@
 
 Rule: only the first packet of a connection comes here; the choice is kept with the connection.
 
-Theory. A frontend is (address, port, protocol); its service row names two parts of the backend lists,
-one for clients inside the cluster and one for those outside, whose traffic policies differ. A backend
-is taken by the flow's hash, from the list or from a Maglev table (Eisenbud et al., NSDI 2016), the same
-on every node because hash and table are. Session affinity keeps client and backend together in a
-set-associative table: a set that is full forgets who was away longest. Kubernetes: Service
-v1, sessionAffinity ClientIP; Cilium: bpf/lib/lb.h.
+Theory. A frontend is (address, port, protocol); its service row names two parts of the backend
+lists, one for clients inside the cluster and one for those outside, whose traffic policies differ.
+A backend is taken by the flow's hash, from the list or from a Maglev table (Eisenbud et al., NSDI
+2016), the same on every node because hash and table are. Session affinity keeps client and backend
+together in a set-associative table: a set that is full forgets who was away longest. Kubernetes:
+Service v1, sessionAffinity ClientIP; Cilium: bpf/lib/lb.h.
 """
 
 import numpy as np

@@ -2,12 +2,12 @@
 
 Rule: pure: state and flags in, state out; time-outs belong to states and are applied by `sweep`.
 
-Theory. TCP as a bystander sees it (RFC 9293 3.3.2; states as few as NAT's requirements need, RFC 5382
-5, RFC 7857 2.2): opened by one side, answered, confirmed; one side closed, both closed or reset. A
-connection that was there before us is taken up in its middle, but counts as half open until both
-sides have spoken: a flood of invented packets must not look established. A reset may be forged, so
-traffic after it brings the connection back. SCTP by its chunk types (RFC 9260 3.2). UDP and the rest
-are replied or not.
+Theory. TCP as a bystander sees it (RFC 9293 3.3.2; states as few as NAT's requirements need, RFC
+5382 5, RFC 7857 2.2): opened by one side, answered, confirmed; one side closed, both closed or
+reset. A connection that was there before us is taken up in its middle, but counts as half open
+until both sides have spoken: a flood of invented packets must not look established. A reset may be
+forged, so traffic after it brings the connection back. SCTP by its chunk types (RFC 9260 3.2). UDP
+and the rest are replied or not.
 """
 
 from dataplane.kernels import wire
@@ -43,7 +43,7 @@ def first_state(protocol, at):
 
 @inline
 def next_tcp(state, flags, way, seen, other):
-    """TCP state after a packet. seen, other: TCP flags seen before in its and the other direction."""
+    """TCP state after a packet. seen, other: flags seen before in its and the other direction."""
     if flags & wire.TCP_RST:
         return CLOSED
     if flags & wire.TCP_FIN:

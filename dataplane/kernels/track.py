@@ -4,11 +4,12 @@ Rule: a packet whose connection was judged by the present policies goes on here;
 put on the list `todo`, and `connect` decides.
 
 Theory. Three passes over the vector, so that the cache misses of its packets overlap: bucket of the
-index, record, tuple. What a packet then changes is in the record's third cache line: time, counters,
-state, and only when it changes. The verdict of a policy is kept as the generation that gave it; one
-increment of control.judgement sends every connection through `connect` once, with its next packet.
-For translated connections the new addresses and ports are put into columns here, all from one read
-of the record, which is checked to be the same afterwards: another worker may take it meanwhile.
+index, record, tuple. What a packet then changes is in the record's third cache line: time,
+counters, state, and only when it changes. The verdict of a policy is kept as the generation that
+gave it; one increment of control.judgement sends every connection through `connect` once, with its
+next packet. For translated connections the new addresses and ports are put into columns here, all
+from one read of the record, which is checked to be the same afterwards: another worker may take it
+meanwhile.
 """
 
 import numpy as np
@@ -181,7 +182,7 @@ def _known(b, i, records, judgement, tick):
 
 @inline
 def _find_buckets(b, t, k):
-    index, mask = t.connection_index.ctypes.data, k.words[MASK]
+    index, mask = t.connection_index.address, k.words[MASK]
     for i in range(b.count[0]):
         b.connection[i] = -1
         if not trackable(b, t, i) or b.flags[i] & FLAG_ICMP_ERROR:
@@ -193,7 +194,7 @@ def _find_buckets(b, t, k):
 
 @inline
 def _find_records(b, t, k):
-    index, records = t.connection_index.ctypes.data, t.connections.ctypes.data
+    index, records = t.connection_index.address, t.connections.address
     mask = k.words[MASK]
     for i in range(b.count[0]):
         if b.connection[i] < 0:
@@ -218,7 +219,7 @@ def track(b, t, k):
     k.words[JUDGEMENT] = np.int64(t.control[0].judgement) & GENERATION_MASK
     _find_buckets(b, t, k)
     _find_records(b, t, k)
-    records = t.connections.ctypes.data
+    records = t.connections.address
     judgement, tick = k.words[JUDGEMENT], k.words[TICK]
     todo = 0
     for i in range(b.count[0]):

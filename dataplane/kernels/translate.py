@@ -2,13 +2,13 @@
 
 Rule: what leaves here is what its receiver's checksums expect, in the packet and in a quoted one.
 
-Theory. Checksums change by the difference of old and new words (RFC 1624 eqn. 3), so nothing but the
-header is read; sums are of 32-bit words, folded at the end, since 2**16 is 1 modulo 0xFFFF. A UDP
-checksum of zero over IPv4 stays zero (RFC 768), one that becomes zero is sent as 0xFFFF. ICMP has no
-pseudo header, ICMPv6 has (RFC 4443 2.3). SCTP's CRC32c covers the ports, so a new port means a new
-sum over the whole packet (RFC 9260 6.8). An ICMP error's quoted packet is turned back to what the
-receiver of the error has sent (RFC 5508 4.2), and the ICMP checksum follows by the difference of the
-bytes that changed.
+Theory. Checksums change by the difference of old and new words (RFC 1624 eqn. 3), so nothing but
+the header is read; sums are of 32-bit words, folded at the end, since 2**16 is 1 modulo 0xFFFF. A
+UDP checksum of zero over IPv4 stays zero (RFC 768), one that becomes zero is sent as 0xFFFF. ICMP
+has no pseudo header, ICMPv6 has (RFC 4443 2.3). SCTP's CRC32c covers the ports, so a new port means
+a new sum over the whole packet (RFC 9260 6.8). An ICMP error's quoted packet is turned back to what
+the receiver of the error has sent (RFC 5508 4.2), and the ICMP checksum follows by the difference
+of the bytes that changed.
 """
 
 import numpy as np
@@ -219,7 +219,7 @@ def _words(at, length):
 def _translate_error(b, t, i):
     """Rewrite an ICMP error: its own addresses, and the packet that it quotes."""
     kind = b.kind[i]
-    record = t.connections.ctypes.data + b.connection[i] * RECORD
+    record = t.connections.address + b.connection[i] * RECORD
     other = record + LINE if b.way[i] == WAY_ORIGINAL else record
     icmp = b.address[i] + b.l4[i]
     quoted = icmp + wire.ICMP_LENGTH

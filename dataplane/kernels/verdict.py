@@ -1,13 +1,14 @@
 """What the policies of both ends say of a connection.
 
-Rule: both ends on this node are asked, the sender's policy about the receiver and the receiver's about
-the sender; each answer names its rule.
+Rule: both ends on this node are asked, the sender's policy about the receiver and the receiver's
+about the sender; each answer names its rule.
 
-Theory. An end is a local pod when the route to its address leads to a pod's port. The sender's policy
-sees the backend that a service has chosen, not the service (Kubernetes leaves this open; Cilium and
-kube-proxy do it so), and the receiver's policy sees the sender before masquerading. ICMP is judged by
-its type, which stands in the place of the port. A source that came through the tunnel and is not known
-here yet counts as what its VNI says, where identities are allocated for the whole cluster.
+Theory. An end is a local pod when the route to its address leads to a pod's port. The sender's
+policy sees the backend that a service has chosen, not the service (Kubernetes leaves this open;
+Cilium and kube-proxy do it so), and the receiver's policy sees the sender before masquerading. ICMP
+is judged by its type, which stands in the place of the port. A source that came through the tunnel
+and is not known here yet counts as what its VNI says, where identities are allocated for the whole
+cluster.
 """
 
 from typing import NamedTuple
@@ -30,7 +31,7 @@ KNOWN = CONST["PEER_HOST"] | CONST["PEER_REMOTE_NODE"] | CONST["PEER_POD"]
 
 
 class Verdict(NamedTuple):
-    """Answer about a connection. reason: 0 it may pass; else enum reason, and `word` says by what."""
+    """Answer about a connection. reason: 0 it may pass, else enum reason; `word` says by what."""
 
     reason: int
     word: int

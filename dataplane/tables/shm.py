@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from dataplane.tables.errors import LayoutError, NotRunningError, TableError
+from xdp import libc
 from xdp.abi import CONST, DTYPE
 
 LAYOUT = "layout"
@@ -171,6 +172,11 @@ class Shm:
                 start = os.lseek(file.fileno(), end, os.SEEK_DATA)
                 end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
                 yield start // itemsize, -(-end // itemsize)
+
+    def clear(self, name: str) -> None:
+        """Make an array all zeros and give its memory back, for everybody who maps it."""
+        with (self.folder / name).open("r+b") as file:
+            libc.punch_hole(file.fileno(), _size(name))
 
     def close(self) -> None:
         """Let go of the arrays; memory is unmapped when nobody else holds a view of it."""

@@ -11,16 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from dataplane.tables.connection_view import PROTOCOLS, Select, connections
 from dataplane.tables.shm import Shm
 from xdp.abi import CONST, ENUM, reason_text, value
 
 DROPS = 130  # reasons from here on are drops
+SHARED = (
+    "source", "source_port", "destination", "destination_port", "protocol", "reason", "refusal",
+    "source_identity", "destination_identity",
+)  # fmt: skip
+"""What a connection and a flow call by the same name."""
 DIRECTIONS = {
     value("DIRECTION_INGRESS"): "ingress",
     value("DIRECTION_EGRESS"): "egress",
 }
 KINDS = {number: name.removeprefix("PORT_").lower() for name, number in ENUM["port_kind"].items()}
-PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6", 132: "sctp"}
 
 
 def counters(shm: Shm) -> list[dict[str, Any]]:
@@ -96,19 +101,20 @@ def workers(shm: Shm) -> list[dict[str, Any]]:
 
 
 def flows(shm: Shm, limit: int = 50) -> list[dict[str, Any]]:
-    """Return the latest flows, newest first."""
+    """Return the latest flows, newest first: connections, and what was dropped."""
     rows = shm.flows[shm.flows["packets"] > 0]
     rows = rows[np.argsort(rows["last_ns"])[::-1][:limit]]
     names = [row["name"].decode() for row in shm.ports]
     now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-    return [_flow(row, names, now) for row in rows]
+    found = [_dropped(row, names, now) for row in rows]
+    found += [_passed(row) for row in connections(shm, Select(), limit)]
+    return sorted(found, key=lambda flow: flow["age_ms"])[:limit]
 
 
-def _flow(row: np.void, names: list[str], now: int) -> dict[str, Any]:
+def _dropped(row: np.void, names: list[str], now: int) -> dict[str, Any]:
     kind = IPv4Address if row["family"] == 4 else IPv6Address
     source = kind(int(row["source_hi"]) << 64 | int(row["source_lo"]))
     target = kind(int(row["destination_hi"]) << 64 | int(row["destination_lo"]))
-    egress = int(row["egress_port"])
     protocol = int(row["protocol"])
     return {
         "source": str(source),
@@ -116,11 +122,25 @@ def _flow(row: np.void, names: list[str], now: int) -> dict[str, Any]:
         "destination": str(target),
         "destination_port": int(row["destination_port"]),
         "protocol": PROTOCOLS.get(protocol, str(protocol)),
-        "verdict": "DROPPED" if row["reason"] >= DROPS else "FORWARDED",
+        "verdict": "DROPPED",
         "reason": reason_text(int(row["reason"])),
+        "refusal": int(row["verdict"]),
+        "source_identity": int(row["source_identity"]),
+        "destination_identity": int(row["destination_identity"]),
         "ingress": names[int(row["ingress_port"])],
-        "egress": names[egress] if egress < len(names) else "",
         "packets": int(row["packets"]),
         "bytes": int(row["bytes"]),
         "age_ms": (now - int(row["last_ns"])) // 1_000_000,
+    }
+
+
+def _passed(row: dict[str, Any]) -> dict[str, Any]:
+    """A connection as a flow: both directions together."""
+    return {
+        **{name: row[name] for name in SHARED},
+        "verdict": "DROPPED" if "denied" in row["flags"] else "FORWARDED",
+        "ingress": "",
+        "packets": row["packets"] + row["reply_packets"],
+        "bytes": row["bytes"] + row["reply_bytes"],
+        "age_ms": int(row["idle_s"] * 1000),
     }
