@@ -25,17 +25,17 @@ PROBES = CONST["FIB6_PROBES_MAX"]
 EMPTY, DELETED = 0, 255
 
 
-def slot(hi: int, lo: int, depth: int) -> int:
-    """Return the first slot of a prefix; depth: length + 1."""
+def slot(hi: int, lo: int, depth: int, mask: int | None = None) -> int:
+    """Return the first slot of a prefix; depth: length + 1; mask: slots less 1, fib6's if None."""
     mixed = ((hi * 0x9E3779B97F4A7C15) ^ ((lo + depth) * 0xC2B2AE3D27D4EB4F)) & MASK64
     mixed ^= mixed >> 32
     mixed = (mixed * 0xD6E8FEB86659FD93) & MASK64
     mixed ^= mixed >> 29
-    return mixed & SLOTS_MASK
+    return mixed & (SLOTS_MASK if mask is None else mask)
 
 
 class Fib6:
-    """Routes of IPv6, in `entries` fib6_entry[FIB6_SLOTS] and `lengths` uint64[4]."""
+    """Prefixes of IPv6, in `entries` fib6_entry[a power of two] and `lengths` uint64[4]."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Fib6:
         extents: Iterable[tuple[int, int]] | None = None,
     ) -> None:
         """Read back what the entries hold. extents: parts of `entries` that are not holes."""
-        self._lengths, self._clock = lengths, clock
+        self._lengths, self._clock, self._mask = lengths, clock, len(entries) - 1
         self._resting: deque[tuple[float, int]] = deque()
         self._at_rest: set[int] = set()
         self._hi, self._lo = entries["hi"], entries["lo"]
@@ -88,11 +88,11 @@ class Fib6:
         while self._resting and self._resting[0][0] <= latest:
             at = self._resting.popleft()[1]
             self._at_rest.discard(at)
-            if self._depth[(at + 1) & SLOTS_MASK] != EMPTY:
+            if self._depth[(at + 1) & self._mask] != EMPTY:
                 continue
             while self._depth[at] == DELETED and at not in self._at_rest:
                 self._depth[at] = EMPTY
-                at = (at - 1) & SLOTS_MASK
+                at = (at - 1) & self._mask
 
     def set(self, address: int, length: int, index: int) -> None:
         """Add or replace a route. Raises TableFull, with nothing changed."""
@@ -104,16 +104,16 @@ class Fib6:
             return
         self._wake()
         hi, lo = address >> 64, address & MASK64
-        first = slot(hi, lo, length + 1)
+        first = slot(hi, lo, length + 1, self._mask)
         for probe in range(PROBES):
-            at = (first + probe) & SLOTS_MASK
+            at = (first + probe) & self._mask
             depth = self._depth.item(at)
             if depth == EMPTY or (depth == DELETED and at not in self._at_rest):
                 break
         else:
             raise TableFull(
                 f"the IPv6 table has no slot within {PROBES} probes for another route: "
-                f"{len(self.routes)} routes in {SLOTS_MASK + 1} slots: aggregate routes"
+                f"{len(self.routes)} routes in {self._mask + 1} slots: aggregate routes"
             )
         self._mark(length, True)
         self._hi[at], self._lo[at], self._index[at] = hi, lo, index

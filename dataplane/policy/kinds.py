@@ -1,0 +1,134 @@
+"""What peers are made of: identities, named ports, kinds, groups, and the selectors that tell them
+apart.
+
+Rule: data with its links; dataplane/policy/partition.py alone changes them.
+
+Theory. A *kind* of peer is a row of the table `peers`: addresses of the same labels, named ports
+and surroundings (the longest prefix that a policy names). Which selectors fit a kind follows from
+these three, each of which keeps its own set, so a pod more costs nothing here. Kinds that the same
+selectors fit are one *group*, and that is all that policy entries know of a peer. Sets of selectors
+are compared by a hash: the XOR of a random 128-bit weight of each.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from dataplane.objects.policies import Block, ServiceRef
+from dataplane.objects.selectors import Selector
+from dataplane.policy.labels import Labels
+from dataplane.policy.prefixes import Node
+from xdp.abi import CONST
+
+HOST, REMOTE_NODE = CONST["PEER_HOST"], CONST["PEER_REMOTE_NODE"]
+POD, KEEP_SOURCE = CONST["PEER_POD"], CONST["PEER_KEEP_SOURCE"]
+
+NamedPort = tuple[int, str]  # protocol, name
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """What a rule selects by labels. of_deny: pods of unknown labels are taken for members."""
+
+    selector: Selector
+    of_deny: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """Peers whose port of this name has this number."""
+
+    port: NamedPort
+    number: int
+
+
+What = Labelled | Block | ServiceRef | Numbered
+
+
+class Selected:
+    """A selector in use. rows: policies that ask for it; groups: those that it fits."""
+
+    __slots__ = ("groups", "id", "members", "refs", "rows", "weight", "what")
+
+    def __init__(self, what: What, number: int, weight: int) -> None:
+        self.what, self.id, self.weight = what, number, weight
+        self.refs = 0
+        self.rows: set[Any] = set()
+        self.groups: set[Group] = set()
+        self.members: set[Any] = set()  # identities, nodes or views of ports
+
+
+class Identity:
+    """A set of labels. unknown: of a pod whose object is not there yet."""
+
+    __slots__ = ("hash", "kinds", "labels", "number", "refs", "selected", "unknown")
+
+    def __init__(self, labels: Labels, number: int, unknown: bool) -> None:
+        self.labels, self.number, self.unknown = labels, number, unknown
+        self.refs = 0
+        self.selected: set[int] = set()
+        self.hash = 0
+        self.kinds: set[Kind] = set()
+
+
+class Ports:
+    """The named ports of a pod: (protocol, name) -> numbers."""
+
+    __slots__ = ("hash", "kinds", "numbers", "refs", "selected")
+
+    def __init__(self, numbers: frozenset[tuple[NamedPort, int]]) -> None:
+        self.numbers = numbers
+        self.refs = 0
+        self.selected: set[int] = set()
+        self.hash = 0
+        self.kinds: set[Kind] = set()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Holder:
+    """Who holds addresses: a pod or a node. number: its identity; name: for people."""
+
+    identity: Identity
+    ports: Ports
+    flags: int
+    number: int
+    cluster: bool  # a pod or a node: what blocks match only as Kubernetes has it
+    name: str
+
+
+class Kind:
+    """Peers that are alike: a row of `peers`. node None: an identity without address."""
+
+    __slots__ = (
+        "cluster", "flags", "group", "identity", "members", "node", "number", "ports", "row",
+    )  # fmt: skip
+
+    def __init__(self, holder: Holder, node: Node | None, flags: int) -> None:
+        self.identity, self.ports, self.node = holder.identity, holder.ports, node
+        self.flags, self.number, self.cluster = flags, holder.number, holder.cluster
+        self.members = 0
+        self.group: Group | None = None
+        self.row = 0  # 0: it has none yet
+
+
+class Group:
+    """Kinds that no selector in use tells apart. number 0: no selector fits them."""
+
+    __slots__ = ("hash", "kinds", "number", "ports", "rows", "selected")
+
+    def __init__(self, selected: frozenset[int], mixed: int, ports: Ports | None) -> None:
+        self.selected, self.hash, self.ports = selected, mixed, ports
+        self.number = 0
+        self.kinds: set[Kind] = set()
+        self.rows: set[Any] = set()  # policies that have a chain for it
+
+    def numbers(self, port: NamedPort) -> list[int]:
+        """Return the numbers that a named port has with these peers."""
+        if self.ports is None:
+            return []
+        return sorted(number for one, number in self.ports.numbers if one == port)
+
+
+def kind_key(one: Holder | Kind, node: Node | None, flags: int) -> Hashable:
+    """Return what kinds are told apart by."""
+    return one.identity, one.ports, node, flags, one.number, one.cluster

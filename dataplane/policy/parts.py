@@ -1,0 +1,302 @@
+"""Rules in the form that chains are made of: selectors in use, codes of ports, a verdict word.
+
+Rule: a part lives as long as a policy row has it, and holds its selectors and its rule number for
+as long.
+
+Theory. A part is one rule of one policy, as it holds for subjects whose named ports have the same
+numbers; rows of pods with overlapping policies share parts, and a policy that is written again
+shares the parts of rules that did not change. A named port of egress rules stays a name here: which
+number it is depends on the peer, so it becomes a code when a group is known. What is said of the
+rest, "default deny by these policies", is a part without codes.
+"""
+
+import hashlib
+import heapq
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+from dataplane.objects.policies import DIRECTIONS, EGRESS, INGRESS, Peer, Policy, Rule, Spec
+from dataplane.objects.selectors import RESERVED, Selector, exists, selector
+from dataplane.policy.chains import (
+    RULE_SHIFT,
+    Chain,
+    chain,
+    codes,
+    everything,
+    exact,
+    word,
+)
+from dataplane.policy.kinds import Identity, Labelled, NamedPort, Selected
+from dataplane.policy.options import ANSWERS, PolicyOptions
+from dataplane.policy.rulebook import Rulebook
+from dataplane.policy.selection import Selection
+
+Numbers = tuple[tuple[NamedPort, tuple[int, ...]], ...]  # named ports of a subject
+HOST_SELECTOR = selector([exists(f"{RESERVED}host")])
+POLICIES_NAMED = 50  # in what is said about a default deny
+
+
+WHOLE = 0  # what of a unit holds for a subject: all of it
+DENY_ONLY = 1  # it may not select the subject after all: its labels are not known
+ALLOW_ONLY = 2  # it is audited, and others are enforced
+
+
+class Hold:
+    """A unit as it holds for subjects. numbers: of the named ports that its rules ask for.
+
+    Made by Unit.hold() alone, so equal ones are the same object.
+    """
+
+    __slots__ = ("mode", "numbers", "parts", "unit")
+
+    def __init__(self, unit: "Unit", mode: int, numbers: Numbers) -> None:
+        self.unit, self.mode, self.numbers = unit, mode, numbers
+        self.parts: tuple[Part, ...] | None = None
+
+
+class Unit:
+    """A spec of a policy, with the identities of this node's pods that it selects."""
+
+    __slots__ = (
+        "_holds",
+        "audit",
+        "denies",
+        "isolates",
+        "mark",
+        "names",
+        "policy",
+        "spec",
+        "subjects",
+    )
+
+    def __init__(self, policy: Policy, spec: Spec) -> None:
+        self.policy, self.spec = policy, spec
+        self.subjects: set[Identity] = set()
+        self._holds: dict[tuple[int, Numbers], Hold] = {}
+        self.isolates, self.audit = spec.isolates, policy.audit
+        self.denies = any(spec.isolates) or any(rule.deny for rule in spec.rules)
+        text = f"{policy.kind}\n{policy.namespace}\n{policy.name}".encode()
+        self.mark = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "big")
+        self.names = frozenset(
+            (port.protocol, port.name)
+            for rule in spec.rules
+            if rule.direction == INGRESS
+            for port in rule.ports or ()
+            if port.name
+        )
+
+    def hold(self, mode: int, numbers: Numbers) -> Hold:
+        """Return how it holds for a subject."""
+        made = self._holds.get((mode, numbers))
+        if made is None:
+            made = self._holds[mode, numbers] = Hold(self, mode, numbers)
+        return made
+
+
+class Part:
+    """One rule. peers None: any; named: ports whose numbers the peers say."""
+
+    __slots__ = (
+        "alive", "chain", "codes", "direction", "id", "key", "named", "peers", "refs", "verdict",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        key: Hashable,
+        number: int,
+        direction: int,
+        peers: tuple[Selected, ...] | None,
+        some: tuple[int, ...],
+        named: frozenset[NamedPort],
+        verdict: int,
+    ) -> None:
+        self.key, self.id, self.direction, self.peers = key, number, direction, peers
+        self.codes, self.named, self.verdict = some, named, verdict
+        self.refs, self.alive = 0, True
+        self.chain: Chain | None = chain([(some, verdict)]) if some else None
+
+    @property
+    def rule(self) -> int:
+        """Its rule's number."""
+        return self.verdict >> RULE_SHIFT
+
+
+class Parts:
+    """All parts that live, and the making of others."""
+
+    def __init__(self, selection: Selection, book: Rulebook, options: PolicyOptions) -> None:
+        """selection: where their selectors are in use; book: where their rules have numbers."""
+        self._selection, self._book, self._options = selection, book, options
+        self._living: dict[Hashable, Part] = {}
+        self._rules: dict[int, int] = {}  # number -> parts that have it
+        self._ids = 0
+        self._unused: set[Part] = set()
+
+    def __len__(self) -> int:
+        return len(self._living)
+
+    def of(self, hold: Hold) -> tuple[Part, ...]:
+        """Return the parts of a unit that is held."""
+        if hold.parts is None or not all(part.alive for part in hold.parts):
+            unit, mode = hold.unit, hold.mode
+            hold.parts = tuple(
+                self._part(unit, rule, hold.numbers)
+                for rule in unit.spec.rules
+                if mode == WHOLE or rule.deny == (mode == DENY_ONLY)
+                if rule.peers is None or rule.peers
+            )
+        return hold.parts
+
+    def host(self) -> Part:
+        """Return the part that lets a pod's own node in."""
+        living = self._living.get("host")
+        if living is not None:
+            return living
+        about = {"kind": "Node", "direction": "ingress", "description": "own node is let in"}
+        verdict = word(False, 0, False, self._book.number(("own node",), about))
+        peers = (self._selection.use(Labelled(HOST_SELECTOR)),)
+        some = tuple(everything(INGRESS))
+        return self._live(Part("host", self._id(), INGRESS, peers, some, frozenset(), verdict))
+
+    def rest(self, direction: int, units: Sequence[Unit]) -> Part:
+        """Return the part of what no rule fits, in a direction that units isolate."""
+        answers = {unit.policy.response for unit in units} - {""}
+        answer = max(map(ANSWERS.__getitem__, answers or [self._options.deny_response]))
+        log = any(unit.spec.log for unit in units)
+        mixed = 0
+        for mark in {unit.mark for unit in units}:
+            mixed ^= mark
+        key = ("default deny", DIRECTIONS[direction], f"{mixed:x}")
+        living = self._living.get((key, answer, log))
+        if living is not None:
+            return living
+        number = self._book.number(key, _about_rest(direction, units))
+        verdict = word(True, answer, log, number)
+        place = key, answer, log
+        return self._live(Part(place, self._id(), direction, None, (), frozenset(), verdict))
+
+    def _part(self, unit: Unit, rule: Rule, numbers: Numbers) -> Part:
+        policy, spec = unit.policy, unit.spec
+        mine: Numbers = ()
+        if rule.direction == INGRESS:
+            names = {(port.protocol, port.name) for port in rule.ports or () if port.name}
+            mine = tuple(one for one in numbers if one[0] in names)
+        name = (policy.kind, policy.namespace, policy.name, spec.number)
+        answer = ANSWERS[policy.response or self._options.deny_response]
+        place = (name, rule, mine, answer, bool(spec.log))
+        number = self._book.number((*name, rule.section, rule.index), _about(policy, spec, rule))
+        living = self._living.get(place)
+        if living is not None:
+            return living
+        verdict = word(rule.deny, answer, bool(spec.log), number)
+        peers = None
+        if rule.peers is not None:
+            used = dict.fromkeys(_what(peer, rule.deny) for peer in rule.peers)
+            peers = tuple(self._selection.use(what) for what in used)
+        some, named = _ports(rule, dict(mine))
+        for port in named:
+            self._selection.use_name(port)
+        return self._live(Part(place, self._id(), rule.direction, peers, some, named, verdict))
+
+    def _id(self) -> int:
+        self._ids += 1
+        return self._ids
+
+    def _live(self, part: Part) -> Part:
+        self._living[part.key] = part
+        self._rules[part.rule] = self._rules.get(part.rule, 0) + 1
+        self._unused.add(part)
+        return part
+
+    def keep(self, part: Part) -> None:
+        """Say that one row more has a part."""
+        part.refs += 1
+
+    def drop(self, part: Part) -> None:
+        """Say that a row has it no more."""
+        part.refs -= 1
+        if not part.refs:
+            self._unused.add(part)
+
+    def purge(self) -> bool:
+        """Let go of what no row has; return whether there was something."""
+        gone = [part for part in self._unused if not part.refs]
+        self._unused.clear()
+        for part in gone:
+            part.alive = False
+            del self._living[part.key]
+            for selected in part.peers or ():
+                self._selection.unuse(selected)
+            for port in part.named:
+                self._selection.unuse_name(port)
+            self._rules[part.rule] -= 1
+            if not self._rules[part.rule]:
+                del self._rules[part.rule]
+                self._book.release(part.rule)
+        return bool(gone)
+
+    def rules(self) -> Iterable[int]:
+        """Return the numbers of all rules that live."""
+        return self._rules.keys()
+
+
+def _what(peer: Peer, deny: bool) -> Any:
+    return Labelled(peer, deny) if isinstance(peer, Selector) else peer
+
+
+def _ports(
+    rule: Rule, numbers: Mapping[NamedPort, tuple[int, ...]]
+) -> tuple[tuple[int, ...], frozenset[NamedPort]]:
+    """Return codes of a rule, and the names that its peers have to resolve."""
+    direction = rule.direction
+    if rule.ports is None:
+        return tuple(everything(direction)), frozenset()
+    found: dict[int, None] = {}
+    named = set()
+    for port in rule.ports:
+        if not port.name:
+            found.update(dict.fromkeys(codes(port, direction)))
+        elif direction == EGRESS:
+            named.add((port.protocol, port.name))
+        else:
+            for number in numbers.get((port.protocol, port.name), ()):
+                found[exact(port.protocol, number, direction)] = None
+    return tuple(found), frozenset(named)
+
+
+def resolved(part: Part, numbers: Mapping[NamedPort, list[int]]) -> list[int]:
+    """Return the codes of a part's named ports, where the peers have these numbers."""
+    return [
+        exact(port[0], number, part.direction)
+        for port in sorted(part.named)
+        for number in numbers.get(port, ())
+    ]
+
+
+def _about_rest(direction: int, units: Sequence[Unit]) -> dict[str, Any]:
+    names = {(unit.policy.kind, unit.policy.namespace, unit.policy.name) for unit in units}
+    about: dict[str, Any] = {"kind": "default deny", "direction": DIRECTIONS[direction]}
+    about["policies"] = [
+        dict(zip(("kind", "namespace", "name"), name, strict=True))
+        for name in heapq.nsmallest(POLICIES_NAMED, names)
+    ]
+    if len(names) > POLICIES_NAMED:
+        about["more"] = len(names) - POLICIES_NAMED
+    if not names:
+        about["description"] = "policy.enforcement is always"
+    return about
+
+
+def _about(policy: Policy, spec: Spec, rule: Rule) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "kind": policy.kind,
+        "namespace": policy.namespace,
+        "name": policy.name,
+        "direction": DIRECTIONS[rule.direction],
+        "section": rule.section,
+        "index": rule.index,
+    }
+    for key, one in (("spec", spec.number), ("description", spec.description), ("log", spec.log)):
+        if one:
+            about[key] = one
+    return about
