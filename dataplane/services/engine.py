@@ -97,6 +97,9 @@ class ServiceEngine:
         dirty = self._follower.follow(objects, node_name, node_addresses, host_ports)
         self._follow_nodes(objects)
         changed: dict[str, tuple[ServiceRow, Subject | None]] = {}
+        if not self._started:
+            changed[CLUSTER_ADDRESSES] = (ServiceRow(ADDRESS | CLUSTER_IP), None)
+            changed[OUTSIDE_ADDRESSES] = (ServiceRow(ADDRESS), None)
         gone: list[str] = []
         for name, subject in dirty.items():
             fresh = self._compile(subject)
@@ -107,6 +110,8 @@ class ServiceEngine:
                     changed[row] = (says, name)
             gone += before.rows.keys() - fresh.rows.keys()
             self._keep(name, subject, fresh)
+        for row in gone:
+            self._unfit.pop(row, None)
         self._retry(changed)
         self._write(changed, gone)
         return self.problems()
@@ -209,8 +214,6 @@ class ServiceEngine:
         writer = self._writer
         likely: dict[str, list[Key]] = {}
         if not self._started:
-            changed[CLUSTER_ADDRESSES] = (ServiceRow(ADDRESS | CLUSTER_IP), None)
-            changed[OUTSIDE_ADDRESSES] = (ServiceRow(ADDRESS), None)
             for key in self._claims.wanted():
                 likely.setdefault(self._claims.row(key), []).append(key)
         for row, (says, subject) in changed.items():
@@ -220,7 +223,6 @@ class ServiceEngine:
         self._claims.touched.clear()
         for row in gone:
             if row not in changed:
-                self._unfit.pop(row, None)
                 self._names.dirty |= writer.remove_service(row)
         if not self._started:
             writer.settle()

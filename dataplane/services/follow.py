@@ -63,7 +63,7 @@ class Follower:
         self._services, self._slices = objects.services, objects.slices
         if before != self.here:
             touched |= objects.services.keys()
-        for name in touched:
+        for name in sorted(touched):  # so that what does not fit is the same everywhere
             dirty[name] = objects.services.get(name)
         self._follow_host_ports(objects, host_ports, before, dirty)
         return dirty

@@ -188,6 +188,7 @@ class Rows:
         now = clock()
         taken = set(used)
         rested = sorted(set(touched) - taken - {0})
+        self._since = dict.fromkeys(rested, now)  # of rows at rest
         self._resting: deque[tuple[float, int]] = deque((now, row) for row in rested)
         first = max(taken | set(rested), default=0) + 1
         gaps = set(range(1, first)) - taken - set(rested)
@@ -197,25 +198,48 @@ class Rows:
 
     def take(self) -> int:
         """Return a row: one that has rested for long, a fresh one, or one that has rested."""
-        waited = self._clock() - self._resting[0][0] if self._resting else 0.0
-        if self._resting and waited >= ROW_REST_S:
-            row = self._resting.popleft()[1]
+        waited = self._waited()
+        if waited >= ROW_REST_S:
+            row = self._wake()
         elif self._fresh:
             row = self._fresh.popleft()
         elif self._next < self._count:
             row = self._next
             self._next += 1
-        elif self._resting and waited >= REST_S:
-            row = self._resting.popleft()[1]
+        elif waited >= REST_S:
+            row = self._wake()
         else:
             raise TableFull(
-                f"the table of {self._what} is full: {self.used} in use, {len(self._resting)} at "
+                f"the table of {self._what} is full: {self.used} in use, {len(self._since)} at "
                 f"rest, limit {self._count - 1}: fewer services or endpoints"
             )
         self.used += 1
         return row
 
+    def _waited(self) -> float:
+        """How long the row has rested that rests longest; negative: none does."""
+        while self._resting:
+            since, row = self._resting[0]
+            if self._since.get(row) == since:
+                return self._clock() - since
+            self._resting.popleft()  # it was taken up again
+        return -1.0
+
+    def _wake(self) -> int:
+        row = self._resting.popleft()[1]
+        del self._since[row]
+        return row
+
+    def take_up(self, row: int) -> bool:
+        """Take a row that rests, for what it was before; False when it does not rest."""
+        if self._since.pop(row, None) is None:
+            return False
+        self.used += 1
+        return True
+
     def give(self, row: int) -> None:
         """Give a row back."""
-        self._resting.append((self._clock(), row))
+        now = self._clock()
+        self._since[row] = now
+        self._resting.append((now, row))
         self.used -= 1

@@ -137,16 +137,16 @@ class ServiceWriter:
         self._port, self._protocol = rows["port"], rows["protocol"]
         self._backends: dict[Key, _Backend] = {}
         self._idle: set[Key] = set()
+        self._gone: dict[Key, int] = {}  # rows at rest, by what they were
         touched = _filled(shm, "backends", ("state", "hi", "lo"))
         for row in touched:
+            key = self._key(row)
             if self._states[row] == EMPTY:
-                continue
-            address = (self._hi.item(row), self._lo.item(row))
-            key = (*address, self._port.item(row), self._protocol.item(row))
-            if key in self._backends:
+                self._gone[key] = row
+            elif key in self._backends:
                 self._states[row] = EMPTY  # cannot be, and must not stay
-                continue
-            self._backends[key] = _Backend(row)
+            else:
+                self._backends[key] = _Backend(row)
         used = [backend.row for backend in self._backends.values()]
         self._backend_rows = Rows(len(rows), "backends", used, touched, clock)
 
@@ -281,14 +281,28 @@ class ServiceWriter:
     def _hold(self, key: Key, active: bool) -> None:
         found = self._backends.get(key)
         if found is None:
-            row = self._backend_rows.take()
-            self._hi[row], self._lo[row], self._port[row], self._protocol[row] = key
-            self._states[row] = ACTIVE if active else TERMINATING
-            found = self._backends[key] = _Backend(row)
+            found = self._backends[key] = _Backend(self._take_row(key))
+            self._states[found.row] = ACTIVE if active else TERMINATING
         if active:
             found.active += 1
         else:
             found.draining += 1
+
+    def _take_row(self, key: Key) -> int:
+        """Return the row that a backend had not long ago, or another. Raises TableFull."""
+        row = self._gone.pop(key, 0)
+        if row and self._backend_rows.take_up(row):
+            return row
+        row = self._backend_rows.take()
+        before = self._key(row)
+        if self._gone.get(before) == row:
+            del self._gone[before]
+        self._hi[row], self._lo[row], self._port[row], self._protocol[row] = key
+        return row
+
+    def _key(self, row: int) -> Key:
+        address = (self._hi.item(row), self._lo.item(row))
+        return (*address, self._port.item(row), self._protocol.item(row))
 
     def _unhold(self, key: Key, active: bool) -> None:
         found = self._backends[key]
@@ -354,6 +368,7 @@ class ServiceWriter:
             if not backend.active and not backend.draining:
                 self._states[backend.row] = EMPTY
                 self._backend_rows.give(backend.row)
+                self._gone[key] = backend.row
                 del self._backends[key]
         self._idle.clear()
         control = self._shm.control[0]

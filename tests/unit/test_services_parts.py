@@ -137,6 +137,24 @@ def test_rows_rest_for_long_while_there_are_fresh_ones():
     assert rows.take() == 1, "there is no other"
 
 
+def test_a_row_at_rest_is_taken_up_for_what_it_was():
+    clock = Clock()
+    rows = Rows(4, "services", clock=clock)
+    assert [rows.take() for _ in range(3)] == [1, 2, 3]
+    rows.give(1)
+    rows.give(2)
+    assert rows.take_up(1)
+    assert not rows.take_up(1)
+    assert not rows.take_up(3)
+    clock.rest()
+    assert rows.take() == 2
+    rows.give(1)
+    with pytest.raises(TableFull):
+        rows.take()
+    clock.rest()
+    assert rows.take() == 1
+
+
 def test_rows_are_read_back():
     rows = Rows(10, "services", used=[2, 5], touched=[1, 5, 3], clock=Clock())
     assert [rows.take() for _ in range(4)] == [4, 6, 7, 8]
