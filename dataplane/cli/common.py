@@ -84,7 +84,7 @@ def show(rows: Any, output: str, columns: Sequence[str] = (), title: str = "") -
     for row in rows:
         table.add_row(*(_cell(row.get(name, "")) for name in columns))
     wide = None if sys.stdout.isatty() else 200
-    Console(width=wide, highlight=False).print(table)
+    Console(width=wide, highlight=False, markup=False).print(table)
 
 
 def _cell(value: Any) -> str:
