@@ -83,13 +83,18 @@ def _services(shm: Any, called: dict[int, str], output: str) -> None:
         )
     if output == "table":
         for row in rows:
-            row["backends"] = _cell(row["inside_backends"])
-            row["from outside"] = "the same"
-            if row["outside_backends"] != row["inside_backends"]:
-                row["from outside"] = _cell(row["outside_backends"])
-            if "address" in row["flags"]:
-                row["from outside"] = ""
+            row["backends"], row["from outside"] = _both_sides(row)
     show(rows, output, ("frontend", "service", "kind", "backends", "from outside", "flags"))
+
+
+def _both_sides(row: dict[str, Any]) -> tuple[str, str]:
+    """What clients inside the cluster get, and others."""
+    inside, outside = row["inside_backends"], row["outside_backends"]
+    if "address" in row["flags"]:
+        return "", ""
+    if "cluster ip" in row["flags"]:
+        return _cell(inside), "refused"
+    return _cell(inside), "the same" if inside == outside else _cell(outside)
 
 
 def _cell(backends: list[dict[str, Any]]) -> str:
@@ -110,9 +115,17 @@ def _frontends(shm: Any, called: dict[int, str], output: str) -> None:
         {**entry, "row": entry["service"], **_named(entry["service"], called)}
         for entry in service_view.frontends(shm)
     ]
+    _plain_ports(rows, output)
     columns = ("address", "port", "protocol", "service", "kind", "row", "inside", "outside")
     rest = ("inside_maglev", "outside_maglev", "affinity_s", "sources", "flags")
     show(rows, output, (*columns, *rest))
+
+
+def _plain_ports(rows: list[dict[str, Any]], output: str) -> None:
+    """In the table a port is no number to be grouped by thousands."""
+    if output == "table":
+        for row in rows:
+            row["port"] = str(row["port"])
 
 
 def _backends(shm: Any, called: dict[int, str], output: str) -> None:
@@ -122,6 +135,7 @@ def _backends(shm: Any, called: dict[int, str], output: str) -> None:
     for row in rows:
         found = {_named(number, called)["service"]: None for number in row["services"]}
         row["rows"], row["services"] = row["services"], list(found)
+    _plain_ports(rows, output)
     show(rows, output, ("backend", "address", "port", "protocol", "state", "services"))
 
 
@@ -139,5 +153,6 @@ def _maglev(shm: Any, called: dict[int, str], wanted: str, output: str) -> None:
         why = "has no Maglev table" if known else "is not known: `penstock lb list` shows all"
         click.echo(f"service {wanted} {why}", err=True)
         sys.exit(1)
+    _plain_ports(rows, output)
     columns = ("service", "kind", "side", "address", "port", "state", "entries", "size", "share")
     show(rows, output, columns)
