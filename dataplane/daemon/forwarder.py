@@ -22,6 +22,7 @@ from dataplane.control.config import Config
 from dataplane.control.jsonl import serve
 from dataplane.daemon.log import get_logger
 from dataplane.engine.conntrack import WARN_PERCENT, Conntrack
+from dataplane.engine.frontends import SteeredFrontends
 from dataplane.engine.ports import Ports
 from dataplane.engine.steer import FILE, Steering
 from dataplane.engine.worker import Worker
@@ -68,6 +69,7 @@ class Forwarder:
         for worker in self.workers:  # the first answer of a cold start comes after compiling
             worker.call(lambda: None, COMPILE_S)
         self.ports = Ports(shm.ports, self.umem, self.bpf, self.workers)
+        self.frontends = SteeredFrontends(self.bpf.maps["frontends"], row, shm)
         self.generation = -1
         self._full = False
         self.started = time.time()
@@ -76,6 +78,7 @@ class Forwarder:
         """Follow the port table and the steering file; return the ports."""
         generation = int(self.shm.control[0]["ports_generation"])
         self.steering.sync()
+        self.frontends.sync()
         self.ports.sync()
         self.generation = generation
         return self.ports.view()
@@ -87,6 +90,7 @@ class Forwarder:
         self._sweep()
         for name in self.ports.check():
             log.warning("device gone", device=name)
+        self.frontends.sync()
         changed = int(self.shm.control[0]["ports_generation"]) != self.generation
         if changed or any(port["error"] for port in self.ports.view()):
             self.sync()
@@ -116,7 +120,8 @@ class Forwarder:
             "ports": self.ports.view(),
             "conntrack": self.conntrack.view(),
             "generation": self.generation,
-            "steering_error": self.steering.error,
+            "steering_error": self.steering.error or self.frontends.error,
+            "frontends": len(self.frontends),
         }
 
     def close(self, keep_pods: bool) -> None:
