@@ -314,6 +314,8 @@ def desired(
         host_neighbours={NEXT_HOPS[family]: me.mac for family in me.routers},
         provoke=frozenset(under.provoke),
         tables=_tables(config, me, ports, routes.table, host_port, actual),
+        own=frozenset(routes.mine),
+        reachable=frozenset(routes.mine) - frozenset(me.routers.values()),
         view=_view(me, objects, config),
         problems=tuple(problems),
         reserved=_reserved(config),
@@ -351,7 +353,14 @@ def _tables(
         tunnel_port=config.network.tunnel_port if tunnelled else 0,
         locals=tuple(locals_) if tunnelled else (),
         prefixes=() if tunnelled else me.pod_cidrs,
+        nat=_masquerading(config, me),
     )
+
+
+def _masquerading(config: Config, me: Here) -> tuple[Address, ...]:
+    """Addresses that connections are masqueraded with: replies to them are ours."""
+    on = {4: config.masquerade.ipv4, 6: config.masquerade.ipv6}
+    return tuple(at for family in (4, 6) if on[family] and (at := me.node.internal_ip(family)))
 
 
 def _view(me: Here, objects: Objects, config: Config) -> dict[str, object]:

@@ -154,5 +154,7 @@ class Desired:
     provoke: frozenset[tuple[int, Address]]
     tables: Tables
     view: Mapping[str, Any]
+    own: frozenset[Address] = frozenset()  # all addresses of this node
+    reachable: frozenset[Address] = frozenset()  # of these, what others reach it by
     problems: tuple[str, ...] = ()
     reserved: Reservation | None = None

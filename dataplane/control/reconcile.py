@@ -55,10 +55,15 @@ class Reconciler:
         endpoints: Callable[[], Sequence[EndpointView]],
         writer: TableWriter,
         forwarder_sync: Callable[[], Awaitable[None]],
+        engines: Callable[[Objects, Desired], Awaitable[list[str]]],
     ) -> None:
-        """forwarder_sync: makes the forwarder follow the ports; raises when it does not answer."""
+        """Wire it.
+
+        forwarder_sync: makes the forwarder follow the ports; raises when it does not answer.
+        engines: brings policies and services in force and returns what is wrong with them.
+        """
         self._config, self._objects, self._endpoints = config, objects, endpoints
-        self._writer, self._sync = writer, forwarder_sync
+        self._writer, self._sync, self._engines = writer, forwarder_sync, engines
         self._thread = ThreadPoolExecutor(1, "netlink")
         self._kernel: Kernel | None = None
         self._wake = asyncio.Event()
@@ -237,6 +242,7 @@ class Reconciler:
         if HOST not in actual.links:
             raise NotReady("; ".join(refused.values()) or f"{HOST} is not there")
         self.desired = wanted
+        problems = await self._engines(self._objects(), wanted)  # policies before their pods' ports
         writes = [action for action in actions if not action.method]
         if writes:
             self._write(wanted.tables)
@@ -247,7 +253,7 @@ class Reconciler:
         )
         await self._provoke(wanted.provoke)
         await self._follow()
-        return list(refused.values()), list(wanted.problems)
+        return list(refused.values()), [*wanted.problems, *problems]
 
     async def _provoke(self, keys: frozenset[Key]) -> None:
         """Ask for neighbours. A refusal is no news: their device has just gone."""

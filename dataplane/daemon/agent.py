@@ -33,6 +33,7 @@ from dataplane.control.model import EndpointView
 from dataplane.control.reconcile import Reconciler
 from dataplane.control.source import Source
 from dataplane.daemon import views
+from dataplane.daemon.engines import Engines
 from dataplane.daemon.lock import hold
 from dataplane.objects.collect import Objects
 from dataplane.tables.shm import Shm
@@ -78,12 +79,14 @@ class Agent:
         self.endpoints = Endpoints(config.state_dir)
         self.source: Source = FolderSource(config.source.folder)
         self.objects = Objects()
+        self.engines = Engines(config, self.shm, self.endpoints)
         self.reconciler = Reconciler(
             config,
             lambda: self.objects,
             lambda: [_view(endpoint) for endpoint in self.endpoints],
             TableWriter(self.shm),
             self._sync_forwarder,
+            self.engines.update,
         )
         self.backend = Backend(
             self.ipam,
@@ -154,12 +157,14 @@ class Agent:
                 group.create_task(self._follow_source()),
                 group.create_task(self._follow_node()),
                 group.create_task(self._sweep()),
+                group.create_task(self.engines.follow_ports(self.stop)),
             ]
             await self.stop.wait()
             for task in tasks[1:]:
                 task.cancel()
         api.close()
         await self.cni.stop()
+        await self.engines.close()
         log.info("stopped")
 
     async def _follow_source(self) -> None:

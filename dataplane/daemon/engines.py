@@ -1,0 +1,119 @@
+"""Policies and services, driven by the agent's turns.
+
+Rule: before a turn writes a port, the policy of its pod stands; a turn that fails in an engine
+leaves what stood.
+
+Theory. Each engine computes differences from whole snapshots and writes them to shared memory itself
+(dataplane/policy, dataplane/services). They run on one thread beside the event loop, since the first
+turn of a large cluster takes seconds; the turn waits for them. Health check node ports follow the
+services; the bitmap of the node's own ports is refreshed by a task.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_network
+from typing import Any
+
+from dataplane.cni.endpoints import Endpoint
+from dataplane.cni.portmap import host_ports
+from dataplane.control.config import Config
+from dataplane.control.kernel import sockets
+from dataplane.control.model import Cidr, Desired
+from dataplane.objects.collect import Objects
+from dataplane.policy.engine import PolicyEngine
+from dataplane.policy.options import LocalEndpoint, LocalView, PolicyOptions
+from dataplane.services.engine import ServiceEngine
+from dataplane.services.health import HealthServer
+from dataplane.services.model import ServiceOptions
+from dataplane.tables.policies import PolicyWriter
+from dataplane.tables.services import ServiceWriter
+from dataplane.tables.shm import Shm
+
+RULES, NAMES = "rules.json", "services.json"
+
+
+class Engines:
+    """The policy and the service engine of one agent."""
+
+    def __init__(self, config: Config, shm: Shm, endpoints: Iterable[Endpoint]) -> None:
+        """endpoints: a live view of the pods attached here."""
+        self._config, self._shm, self._endpoints = config, shm, endpoints
+        policy, services = config.policy, config.services
+        self.policy = PolicyEngine(
+            PolicyWriter(shm),
+            PolicyOptions(
+                enforcement=policy.enforcement,
+                cidr_match=policy.cidr_match,
+                audit=policy.audit,
+                deny_response=policy.deny_response,
+                entries_max=policy.entries_max,
+            ),
+            shm.folder / RULES,
+        )
+        self.services = ServiceEngine(
+            ServiceWriter(shm),
+            ServiceOptions(
+                algorithm=services.algorithm,
+                maglev_size=services.maglev_size,
+                maglev_seed=services.maglev_seed,
+                node_port_addresses=tuple(map(ip_network, services.node_port_addresses)),
+            ),
+            shm.folder / NAMES,
+        )
+        self.health = HealthServer()
+        self._thread = ThreadPoolExecutor(1, "engines")
+
+    async def update(self, objects: Objects, wanted: Desired) -> list[str]:
+        """Bring policies and services in force; return what is wrong with them."""
+        loop = asyncio.get_running_loop()
+        problems = await loop.run_in_executor(self._thread, self._update, objects, wanted)
+        await self.health.follow(self.services.health_checks())
+        return [*problems, *self.health.problems]
+
+    def _update(self, objects: Objects, wanted: Desired) -> list[str]:
+        ends = list(self._endpoints)
+        problems = self.policy.update(objects, self._view(objects, wanted, ends))
+        return problems + self.services.update(
+            objects, self._config.node.name, sorted(wanted.reachable, key=str), host_ports(ends)
+        )
+
+    def _view(self, objects: Objects, wanted: Desired, ends: list[Endpoint]) -> LocalView:
+        """This node as policies see it."""
+        ports = {port.endpoint: index for index, port in wanted.tables.ports.items()}
+        local = tuple(
+            LocalEndpoint(
+                ports[end.number],
+                end.pod_namespace,
+                end.pod_name,
+                tuple(at for at in (end.address4, end.address6) if at is not None),
+            )
+            for end in ends
+            if end.number in ports
+        )
+        keep: list[Cidr] = [ip_network(text) for text in self._config.masquerade.exclude]
+        keep += [
+            ip_network(at) for node in objects.nodes.values() for at in node.internal_ips
+        ]
+        return LocalView(
+            node=self._config.node.name,
+            addresses=wanted.own,
+            endpoints=local,
+            clusters=tuple(self._config.network.clusters),
+            keep_source=tuple(keep),
+            host_port=int(wanted.tables.node["host_port"]),
+        )
+
+    async def follow_ports(self, stop: asyncio.Event) -> None:
+        """Keep the bitmap of the node's own ports in line."""
+        await sockets.follow(self._shm.node_ports, stop)
+
+    def status(self) -> dict[str, Any]:
+        """Return how full the tables are."""
+        return {"services": self.services.usage()}
+
+    async def close(self) -> None:
+        """Write what waits, and stop listening."""
+        self.services.flush()
+        await self.health.close()
+        self._thread.shutdown()
