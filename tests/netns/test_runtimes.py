@@ -194,3 +194,17 @@ def test_pods_reach_a_container_of_podman_until_it_is_removed(cluster, podman):
         podman("rm", "--force", "--time=0", container)
     assert endpoints(podman.node) == before
     assert podman.node.namespace.link(mine["host_ifname"]) is None
+
+
+def test_ports_that_podman_publishes_reach_the_record(cluster, podman):
+    ports = ["--publish", "8080:80", "--publish", "192.0.2.1:5300:53/udp"]
+    container = podman.run("--detach", *ports, IMAGE, "sleep", "1000").strip()
+    try:
+        folder = podman.node.folder / "state/endpoints"
+        records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+        mine = next(one for one in records if one["container_id"] == container)
+        mappings = {(m["hostPort"], m["containerPort"], m["protocol"]): m["hostIP"]
+                    for m in mine["port_mappings"]}  # fmt: skip
+        assert mappings == {(8080, 80, "tcp"): "", (5300, 53, "udp"): "192.0.2.1"}
+    finally:
+        podman("rm", "--force", "--time=0", container)
