@@ -4,7 +4,9 @@ Rule: tests and the fuzzer run exactly the list of stages that a worker runs (lo
 
 Theory. Port 0 is the node's own stack, 1 and 2 are pods, 3 is the uplink. Node 2 is behind the
 tunnel (or, direct, behind the uplink). Frames lie in an area of their own with the engine's stride
-and headroom, pre-filled with 0xA5, so that a byte written outside a frame shows.
+and headroom, pre-filled with 0xA5, so that a byte written outside a frame shows. Policies, peers
+and services are written by tests/agent.py. A world may have several workers (`lanes`) over one
+table of connections.
 """
 
 from dataclasses import dataclass
@@ -14,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from dataplane.engine import loop
-from dataplane.engine.account import make_counters
+from dataplane.engine.account import Counters, make_counters
 from dataplane.engine.conntrack import NAT_PORTS, Conntrack
 from dataplane.engine.worker import make_tables
-from dataplane.kernels.batch import VERDICT_DROP, VERDICT_SEND, make_batch
-from dataplane.kernels.fragments import make_fragments
+from dataplane.kernels.batch import VERDICT_DROP, VERDICT_HOLD, VERDICT_SEND, make_batch
+from dataplane.kernels.connections import Tracker
+from dataplane.kernels.fragments import Fragments, make_fragments
 from dataplane.tables.model import Adjacency, Port, Tunnel
 from dataplane.tables.shm import Shm
 from dataplane.tables.writer import TableWriter
@@ -45,6 +48,14 @@ IDENTITY = {POD_A: 70001, POD_B: 70002}
 PATH_MTU = 1450
 STRIDE, HEADROOM = CONST["FRAME_STRIDE"], CONST["FRAME_HEADROOM"]
 FILL = 0xA5
+SECOND = 1_000_000_000
+TIMEOUTS = {
+    "CLOSED": 10, "SYN_SENT": 240, "INIT": 200, "UNREPLIED": 120, "ICMP": 60,
+    "SYN_RECEIVED": 230, "CLOSING": 220, "REPLIED": 300, "ESTABLISHED": 8000,
+}  # fmt: skip
+"""Seconds by state of a connection; each its own, so that one taken for another shows."""
+NAT_FIRST, NAT_COUNT = 40960, 24576
+LOOPBACK4, LOOPBACK6 = ip_address("169.254.42.1"), ip_address("fe80:42::1")
 
 
 @dataclass(frozen=True)
@@ -64,15 +75,35 @@ class Result:
     def dropped(self) -> bool:
         return self.verdict == VERDICT_DROP
 
+    @property
+    def held(self) -> bool:
+        return self.verdict == VERDICT_HOLD
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What is one worker's own."""
+
+    tracker: Tracker
+    fragments: Fragments
+    counters: Counters
+
 
 class World:
     """Tables, an area of frames, and the compiled stages."""
 
     def __init__(
-        self, folder: Path, tunnel: str = "TUNNEL_VXLAN", underlay: int = 4, rate: int = 1000
+        self,
+        folder: Path,
+        tunnel: str = "TUNNEL_VXLAN",
+        underlay: int = 4,
+        rate: int = 1000,
+        workers: int = 1,
+        records: int = 0,
     ) -> None:
-        """tunnel: an enumerator of enum tunnel_kind."""
+        """tunnel: an enumerator of enum tunnel_kind; records: of the table of connections."""
         self.shm = Shm.create(folder)
+        self.workers, self.records = workers, records
         self.writer = TableWriter(self.shm)
         self.tunnel, self.underlay = value(tunnel), underlay
         self.port = 8472 if tunnel == "TUNNEL_VXLAN" else 6081
@@ -81,19 +112,31 @@ class World:
         self._routes()
         self.writer.publish()
         self._policies()
-        self.conntrack = Conntrack(self.shm, np.zeros(NAT_PORTS, np.uint32), 1)
-        self.tracker = self.conntrack.trackers[0]
-        self.fragments = make_fragments()
         self.tables = make_tables(self.shm)
-        self.counters = make_counters(
-            self.shm.reasons[0],
-            self.shm.port_counters[0],
-            self.shm.worker_stats[0:1],
-            self.shm.flows[0],
-        )
         self.batch = make_batch()
         self.area = np.full(STRIDE * CONST["VECTOR_MAX"], FILL, np.uint8)
         self.now = 1_000_000_000
+        self.forget()
+
+    def forget(self) -> None:
+        """Start with no connection, no affinity, no fragment."""
+        for name in ("connections", "affinities"):
+            self.shm.clear(name)
+        self.shm.exhausted[: self.workers] = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Take up the connections that stand, as a forwarder does that starts."""
+        self.nat_ports = np.zeros(NAT_PORTS, np.uint32)
+        self.conntrack = Conntrack(self.shm, self.nat_ports, self.workers)
+        self.lanes = [self._lane(n) for n in range(self.workers)]
+        self.tracker, self.fragments = self.lanes[0].tracker, self.lanes[0].fragments
+        self.counters = self.lanes[0].counters
+
+    def _lane(self, n: int) -> Lane:
+        shm = self.shm
+        rows = (shm.reasons[n], shm.port_counters[n], shm.worker_stats[n : n + 1], shm.flows[n])
+        return Lane(self.conntrack.trackers[n], make_fragments(), make_counters(*rows))
 
     def _node(self, rate: int) -> None:
         six = int(ROUTER6)
@@ -108,8 +151,23 @@ class World:
             router4=int(ROUTER4),
             router6_hi=six >> 64,
             router6_lo=six & ((1 << 64) - 1),
-            workers=1,
+            workers=self.workers,
+            connections=self.records,
+            flags=CONST["NODE_REJECT"],
+            timeout_s=self._timeouts(),
+            nat_first=NAT_FIRST,
+            nat_count=NAT_COUNT,
+            loopback4=int(LOOPBACK4),
+            loopback6_hi=int(LOOPBACK6) >> 64,
+            loopback6_lo=int(LOOPBACK6) & ((1 << 64) - 1),
         )
+
+    @staticmethod
+    def _timeouts() -> tuple[int, ...]:
+        seconds = [0] * CONST["TIMEOUTS_MAX"]
+        for name, timeout in TIMEOUTS.items():
+            seconds[value(f"CONNECTION_{name}")] = timeout
+        return tuple(seconds)
 
     def _ports(self) -> None:
         self.writer.set_port(
@@ -171,11 +229,9 @@ class World:
         b.area[0] = self.area.ctypes.data
         self.area[:] = FILL
         for i, (port, frame) in enumerate(frames):
-            base = i * STRIDE
-            start = base + HEADROOM
-            self.area[start : start + len(frame)] = np.frombuffer(frame, np.uint8)
-            b.address[i] = self.area.ctypes.data + start
-            b.frame[i] = base
+            self._put(i, frame)
+            b.address[i] = self.area.ctypes.data + i * STRIDE + HEADROOM
+            b.frame[i] = i * STRIDE
             b.length[i] = b.total[i] = len(frame)
             b.ingress[i] = port
             b.egress[i] = -1
@@ -184,22 +240,50 @@ class World:
             for column in (b.identity, b.refusal, b.source_identity, b.target_identity):
                 column[i] = 0
 
-    def run(self, frames: list[tuple[int, bytes]]) -> list[Result]:
+    def _put(self, i: int, data: bytes) -> None:
+        start = i * STRIDE + HEADROOM
+        self.area[start : start + len(data)] = np.frombuffer(data, np.uint8)
+
+    def load_segments(self, port: int, frame: bytes, sizes: list[int]) -> None:
+        """Put one frame into the vector, cut into segments of these sizes and a rest."""
+        self.load([(port, frame[: sizes[0]])])
+        b = self.batch
+        b.total[0] = len(frame)
+        at = sizes[0]
+        for n, size in enumerate([*sizes[1:], len(frame)]):
+            part = frame[at : at + size]
+            self._put(1 + n, part)
+            b.segment_frame[n], b.segment_offset[n] = (1 + n) * STRIDE, HEADROOM
+            b.segment_length[n] = len(part)
+            at += len(part)
+        b.segments[0] = len(sizes)
+
+    def process(self, worker: int = 0) -> None:
+        """Run all stages on what is loaded."""
+        lane = self.lanes[worker]
+        loop.process(self.batch, self.tables, lane.tracker, lane.fragments, lane.counters)
+
+    def run(self, frames: list[tuple[int, bytes]], worker: int = 0) -> list[Result]:
         """Send frames through all stages."""
         assert len(frames) <= CONST["VECTOR_MAX"]
         self.load(frames)
-        loop.process(self.batch, self.tables, self.tracker, self.fragments, self.counters)
+        self.process(worker)
         return [self._result(i) for i in range(len(frames))]
 
-    def one(self, port: int, frame: bytes) -> Result:
+    def one(self, port: int, frame: bytes, worker: int = 0) -> Result:
         """Send one frame through all stages."""
-        return self.run([(port, bytes(frame))])[0]
+        return self.run([(port, bytes(frame))], worker)[0]
 
     def _result(self, i: int) -> Result:
         b = self.batch
         start = int(b.address[i]) - self.area.ctypes.data
         data = self.area[start : start + int(b.length[i])].tobytes()
         return Result(int(b.verdict[i]), int(b.reason[i]), int(b.egress[i]), data)
+
+    def close(self) -> None:
+        """Let go of shared memory."""
+        del self.tables, self.lanes, self.tracker, self.fragments, self.counters, self.conntrack
+        self.shm.close()
 
     def untouched(self, i: int, used: int) -> bool:
         """True when nothing was written behind `used` bytes of frame i or before its headroom."""

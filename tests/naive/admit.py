@@ -51,16 +51,21 @@ def geneve(payload: bytes, vni: int) -> bytes:
 
 
 def from_uplink(
-    frame: bytes, port: int, vni: int, shim: Callable, remotes: Callable
+    frame: bytes, port: int, vni: int, shim: Callable, remotes: Callable, ours: Callable
 ) -> tuple[bytes, dict]:
-    """Return (inner frame, its headers) of a tunnel packet. Raises Refused.
+    """Return (frame that goes on, its headers): a tunnel packet's inner one. Raises Refused.
 
-    shim: `vxlan` or `geneve`; remotes: inner source address -> the node it must come from, or None.
+    shim: `vxlan` or `geneve`; remotes: inner source address -> the node it must come from, or None;
+    ours: whether an address is one of this node's, of its pods', or behind the tunnel.
     """
     outer = parse(frame)
-    tunnel = outer["kind"] in (4, 6) and outer["protocol"] == 17 and outer["ports"][1] == port
-    if not tunnel:
+    if outer["kind"] == "arp":
         raise Refused("UNKNOWN_SENDER")
+    if outer["protocol"] != 17 or outer["ports"][1] != port:
+        if ours(outer["kind"], outer["source"]):
+            raise Refused("INVALID_SOURCE_IP")
+        _no_multicast(outer)
+        return frame, outer | {"outside": True}
     end = 14 + outer["ip_length"]
     segment = frame[outer["l4"] : end]
     size = struct.unpack(">H", segment[4:6])[0]
@@ -75,11 +80,15 @@ def from_uplink(
         raise Refused("INVALID_TUNNEL")
     if remotes(found["kind"], found["source"]) != outer["source"]:
         raise Refused("INVALID_SOURCE_IP")
-    multicast = {4: found["target"] >> 28 >= 14, 6: found["target"] >> 120 == 255}
-    if multicast[found["kind"]]:
-        raise Refused("MULTICAST")
+    _no_multicast(found)
     found["tos"] = found["tos"] & 0xFC | mark
-    return _marked(inner, found), found
+    return _marked(inner, found), found | {"outside": False}
+
+
+def _no_multicast(found: dict) -> None:
+    four = found["kind"] == 4
+    if found["target"] >> 28 >= 14 if four else found["target"] >> 120 == 255:
+        raise Refused("MULTICAST")
 
 
 def _marked(frame: bytes, found: dict) -> bytes:

@@ -51,7 +51,7 @@ def parse4(packet: bytes) -> dict:
     if len(packet) < 20:
         raise Refused("INVALID_PACKET")
     header = (packet[0] & 15) * 4
-    total, _, word = struct.unpack(">HHH", packet[2:8])
+    total, identification, word = struct.unpack(">HHH", packet[2:8])
     if packet[0] >> 4 != 4 or header < 20 or total < header or total > len(packet):
         raise Refused("INVALID_PACKET")
     if ones_sum(packet[:header]) != 0xFFFF:
@@ -77,6 +77,7 @@ def parse4(packet: bytes) -> dict:
         "l4": 14 + header,
         "fragment": fragment,
         "later": offset > 0,
+        "identification": identification if fragment else None,
         "ports": (0, 0),
     }
     if not offset:
@@ -105,6 +106,7 @@ def parse6(packet: bytes) -> dict:
         "ip_length": 40 + payload,
         "fragment": False,
         "later": False,
+        "identification": None,
         "ports": (0, 0),
     }
     at, protocol = extensions(packet[: 40 + payload], protocol, found)
@@ -127,8 +129,9 @@ def extensions(packet: bytes, protocol: int, found: dict) -> tuple[int, int]:
             size = (packet[at + 1] + 2) * 4
         if protocol == 44:
             size = 8
-            word = struct.unpack(">H", packet[at + 2 : at + 4])[0]
-            found["fragment"] |= bool(word & 0xFFF9)
+            word, identification = struct.unpack(">HI", packet[at + 2 : at + 8])
+            if word & 0xFFF9:
+                found["fragment"], found["identification"] = True, identification
             if word & 0xFFF8:
                 found["later"] = True
                 return at + 8, packet[at]
@@ -137,6 +140,16 @@ def extensions(packet: bytes, protocol: int, found: dict) -> tuple[int, int]:
         protocol = packet[at]
         at += size
     raise Refused("INVALID_EXTENSION")
+
+
+def is_error(found: dict, packet: bytes) -> bool:
+    """Whether a packet (from its IP header on) is an ICMP or ICMPv6 error (RFC 1122, RFC 4443)."""
+    if found["later"] or found["protocol"] not in (1, 58):
+        return False
+    kind = packet[found["l4"] - 14]
+    if found["protocol"] == 1:
+        return kind in (3, 4, 5, 11, 12)
+    return kind < 128 or kind == 137
 
 
 def ports(segment: bytes, protocol: int, fragment: bool) -> tuple[int, int]:

@@ -9,7 +9,7 @@ Theory. The world is tests/worlds.py's. What is answered by ARP, ND or ICMP is l
 from ipaddress import ip_address
 
 from tests import worlds as w
-from tests.naive.headers import Refused, parse
+from tests.naive.headers import Refused, is_error, parse
 
 ROUTES = {
     w.PODS4: ("blackhole", None), w.PODS6: ("blackhole", None),
@@ -35,8 +35,11 @@ def route(address) -> tuple[str, int | None]:
     return "none", None
 
 
-def from_pod(port: int, frame: bytes) -> tuple[str, int | None] | None:
-    """(reason, egress) of an IP packet from a pod; None for what test_pipeline.py judges."""
+def from_pod(port: int, frame: bytes, firsts: set) -> tuple[str, int | None] | None:
+    """(reason, egress) of an IP packet from a pod; None for what test_pipeline.py judges.
+
+    firsts: datagrams whose first fragment has been seen; no connection is known before.
+    """
     try:
         found = parse(frame)
     except Refused as refused:
@@ -58,6 +61,13 @@ def from_pod(port: int, frame: bytes) -> tuple[str, int | None] | None:
         return "ENCAPSULATION_PROHIBITED", None
     if multicast:
         return "MULTICAST", None
+    datagram = (source, target, found["protocol"], found["identification"])
+    if found["later"] and datagram not in firsts:
+        return "HELD", None
+    if found["fragment"]:
+        firsts.add(datagram)
+    if is_error(found, frame[14:]):
+        return "CT_INVALID", None  # about nothing that is known
     kind, egress = route(target)
     if kind in ("host", "gateway"):
         echo = found["protocol"] == 1 and kind == "gateway"

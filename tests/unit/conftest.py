@@ -18,8 +18,7 @@ def worlds(tmp_path_factory):
 
     yield make
     for world in made.values():
-        del world.tables, world.counters
-        world.shm.close()
+        world.close()
 
 
 @pytest.fixture

@@ -10,20 +10,30 @@ from scapy.all import Ether, IPv6, Raw, raw
 from scapy.layers.inet6 import ICMPv6ND_NS, IPv6ExtHdrFragment
 
 from dataplane.kernels.admit import admit
-from dataplane.kernels.batch import VERDICT_DROP, VERDICT_PENDING
+from dataplane.kernels.batch import (
+    FLAG_DECAPSULATED,
+    FLAG_OUTSIDE,
+    VERDICT_DROP,
+    VERDICT_PENDING,
+)
 from dataplane.kernels.parse import parse
 from tests import strategies
 from tests import worlds as w
 from tests.naive import admit as twin
+from tests.naive import node
 from tests.naive.headers import Refused, ones_sum
 from tests.worlds import POD_A, UPLINK
 from xdp.abi import value
 
 SOURCES4 = [ip_address(text) for text in ("10.1.2.9", "10.1.1.3", "198.51.100.7", "10.99.0.1")]
 SOURCES6 = [ip_address(text) for text in ("fd00:1:2::9", "fd00:1:1::3", "fd99::1", "fe80::1", "::")]
+FORGED4 = [w.POD4[POD_A], w.NODE4, w.ROUTER4, *map(ip_address, ("10.1.1.99", "10.1.2.9"))]
+FORGED6 = [w.POD6[POD_A], w.NODE6, w.ROUTER6, *map(ip_address, ("fd00:1:1::99", "fd00:1:2::9"))]
+OURS = ("pod", "host", "gateway", "blackhole", "tunnel")
 FLAWS = (
     *("vni", "i-flag", "version", "control", "critical", "options", "type", "lie", "port"),
     *("protocol", "source", "inner-source", "inner-target", "fragment", "cut", "padding", "inner"),
+    "forged",
 )
 
 
@@ -88,14 +98,17 @@ def tunnelled(draw, world) -> bytes:
     of = Draw(draw)
     body = shim(of, world.tunnel == value("TUNNEL_GENEVE")) + inner_frame(of)
     size = 8 + len(body) + of.field("lie", 0, 1, -1, -8, -30)
-    segment = struct.pack(">HHHH", 5, of.field("port", world.port, 53), size, 0) + body
+    port = 53 if of.flaw == "forged" else of.field("port", world.port, 53)
+    segment = struct.pack(">HHHH", 5, port, size, 0) + body
     protocol, tos = of.field("protocol", 17, 6, 253), draw(st.integers(0, 255))
     if world.underlay == 4:
         source = of.field("source", w.REMOTE4, ip_address("192.0.2.77"))
+        source = of.field("forged", source, *FORGED4)
         word = of.field("fragment", 0x4000, 0x2000, 5)
         ip = b"\x08\x00" + header4(source, w.NODE4, tos, protocol, len(segment), word)
     else:
         source = of.field("source", w.REMOTE6, ip_address("2001:db8::77"))
+        source = of.field("forged", source, *FORGED6)
         ip = b"\x86\xdd" + header6(source, w.NODE6, tos, protocol, len(segment))
     frame = bytes(12) + ip + segment
     cut = of.field("cut", len(frame), 42, 50, 58, 70, 90)
@@ -109,8 +122,11 @@ def expected(world, frame: bytes) -> tuple[bytes, dict]:
         address = ip_address(source.to_bytes(4 if kind == 4 else 16, "big"))
         return remote if address in (w.FAR4 if kind == 4 else w.FAR6) else None
 
+    def ours(kind: int, source: int) -> bool:
+        return node.route(ip_address(source.to_bytes(4 if kind == 4 else 16, "big")))[0] in OURS
+
     open_shim = twin.vxlan if world.tunnel == value("TUNNEL_VXLAN") else twin.geneve
-    return twin.from_uplink(frame, world.port, w.VNI, open_shim, remotes)
+    return twin.from_uplink(frame, world.port, w.VNI, open_shim, remotes, ours)
 
 
 @pytest.mark.parametrize("underlay", [4, 6])
@@ -135,6 +151,8 @@ def test_the_way_in_is_its_twin(worlds, tunnel, underlay, data):
         start = int(b.address[i]) - world.area.ctypes.data
         assert world.area[start : start + int(b.length[i])].tobytes() == inner
         assert (b.total[i], b.tos[i], b.kind[i]) == (len(inner), found["tos"], found["kind"])
+        way_in = FLAG_OUTSIDE if found["outside"] else FLAG_DECAPSULATED
+        assert b.flags[i] & (FLAG_OUTSIDE | FLAG_DECAPSULATED) == way_in
 
 
 def test_the_way_in_counts_later_segments(world):

@@ -1,5 +1,7 @@
 """When the node answers, and when it is silent: RFC 1812 4.3.2, RFC 4443 2.4, RFC 4861 7.1.1."""
 
+from ipaddress import ip_network
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,12 +12,14 @@ from scapy.layers.inet6 import (
     ICMPv6EchoRequest,
     ICMPv6ND_NS,
     ICMPv6ND_Redirect,
+    ICMPv6PacketTooBig,
+    ICMPv6ParamProblem,
+    ICMPv6TimeExceeded,
     IPv6ExtHdrDestOpt,
     IPv6ExtHdrFragment,
 )
 from scapy.layers.vxlan import VXLAN
 
-from dataplane.engine import loop
 from dataplane.kernels.batch import VERDICT_SEND
 from tests import worlds as w
 from tests.worlds import HOST, POD_A, UPLINK
@@ -27,6 +31,13 @@ A4, A6 = str(w.POD4[POD_A]), str(w.POD6[POD_A])
 ROUTER4, ROUTER6 = str(w.ROUTER4), str(w.ROUTER6)
 NOWHERE4, NOWHERE6 = "10.99.0.1", "fd99::1"
 BROADCAST = "ff:ff:ff:ff:ff:ff"
+KINDS4 = [(64, 3), (64, 4), (64, 5), (1, 11), (64, 12)]  # TTL, type of an ICMP error
+KINDS6 = [
+    (64, ICMPv6DestUnreach),
+    (64, ICMPv6PacketTooBig),
+    (1, ICMPv6TimeExceeded),
+    (64, ICMPv6ParamProblem),
+]
 
 
 def in_segments(world, frame: bytes, first: int):
@@ -34,7 +45,7 @@ def in_segments(world, frame: bytes, first: int):
     world.load([(POD_A, frame[:first])])
     world.batch.total[0] = len(frame)
     world.batch.segments[0] = 1
-    loop.process(world.batch, world.tables, world.counters)
+    world.process()
     return world.batch
 
 
@@ -103,17 +114,10 @@ def test_the_rest_for_the_gateway_goes_to_the_node_untouched(world, packet):
 @pytest.mark.parametrize(
     ("frame", "name"),
     [
-        (L2 / IP(src=A4, dst=NOWHERE4) / ICMP(type=3), "UNROUTABLE"),
-        (L2 / IP(src=A4, dst=NOWHERE4) / ICMP(type=4), "UNROUTABLE"),
-        (L2 / IP(src=A4, dst=NOWHERE4) / ICMP(type=5), "UNROUTABLE"),
-        (L2 / IP(src=A4, dst=NOWHERE4, ttl=1) / ICMP(type=11), "UNROUTABLE"),
-        (L2 / IP(src=A4, dst=NOWHERE4, frag=3) / Raw(bytes(20)), "UNROUTABLE"),
         (Ether(src=A, dst=BROADCAST) / IP(src=A4, dst=NOWHERE4) / UDP(), "UNROUTABLE"),
         (L2 / IP(src=A4, dst="224.0.0.9", ttl=1) / UDP(), "MULTICAST"),
         (L2 / IP(src="0.0.0.0", dst=NOWHERE4) / UDP(), "INVALID_SOURCE_IP"),
         (L2 / IP(src=A4, dst=NOWHERE4, chksum=5) / UDP(), "L3_CHECKSUM"),
-        (L2 / IPv6(src=A6, dst=NOWHERE6) / ICMPv6DestUnreach(), "UNROUTABLE"),
-        (L2 / IPv6(src=A6, dst=NOWHERE6) / ICMPv6ND_Redirect(), "UNROUTABLE"),
         (L2 / IPv6(src=A6, dst="ff05::2", hlim=1) / UDP(), "MULTICAST"),
         (Ether(src=A, dst=BROADCAST) / IPv6(src=A6, dst=NOWHERE6) / UDP(), "UNROUTABLE"),
     ],
@@ -122,6 +126,65 @@ def test_no_error_is_sent_about(world, frame, name):
     result = world.one(POD_A, raw(frame / Raw(bytes(48))))
     assert result.dropped
     assert result.reason == value(f"REASON_{name}")
+
+
+LOST4, LOST6 = "10.98.0.1", "fd98::1"
+
+
+@pytest.fixture
+def lost(world):
+    """Targets that pod A has a connection to, and whose routes have gone since."""
+    for text, ip in ((LOST4, IP(src=A4, dst=LOST4)), (LOST6, IPv6(src=A6, dst=LOST6))):
+        network = ip_network(text)
+        world.writer.set_route(network, world.far())
+        assert world.one(POD_A, raw(L2 / ip / UDP(sport=1, dport=2))).sent
+        world.writer.delete_route(network)
+
+
+def quoted(ip, port=2):
+    """What the target has sent to pod A, as an error of pod A quotes it."""
+    source, target = (LOST4, A4) if ip is IP else (LOST6, A6)
+    return raw(ip(src=source, dst=target) / UDP(sport=port, dport=1))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(IP(src=A4, dst=LOST4, ttl=ttl) / ICMP(type=kind), "UNROUTABLE") for ttl, kind in KINDS4]
+    + [(IPv6(src=A6, dst=LOST6, hlim=hops) / kind(), "UNROUTABLE") for hops, kind in KINDS6]
+    + [(IPv6(src=A6, dst=LOST6) / ICMPv6ND_Redirect(), "CT_INVALID")],  # it quotes elsewhere
+)
+@pytest.mark.usefixtures("lost")
+def test_no_error_is_sent_about_an_error(world, error, reason):
+    """The connection is known, so that the error gets as far as the missing route."""
+    result = world.one(POD_A, raw(L2 / error / Raw(quoted(type(error)))))
+    assert result.dropped
+    assert result.reason == value(f"REASON_{reason}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [IP(src=A4, dst=NOWHERE4) / ICMP(type=kind) for _, kind in KINDS4]
+    + [IPv6(src=A6, dst=NOWHERE6) / kind() for _, kind in KINDS6]
+    + [IPv6(src=A6, dst=NOWHERE6) / ICMPv6ND_Redirect()],
+)
+def test_an_error_about_nothing_that_is_known_is_dropped(world, error):
+    result = world.one(POD_A, raw(L2 / error / Raw(quoted(type(error), port=3))))
+    assert result.dropped
+    assert result.reason == value("REASON_CT_INVALID")
+
+
+@pytest.mark.parametrize("ip", [IP(src=A4, dst=NOWHERE4, id=77), IPv6(src=A6, dst=NOWHERE6)])
+def test_no_error_is_sent_about_a_later_fragment(world, ip):
+    if isinstance(ip, IP):
+        first = IP(src=ip.src, dst=ip.dst, id=77, flags="MF") / UDP(sport=1, dport=2, len=40)
+        later = IP(src=ip.src, dst=ip.dst, id=77, frag=2, proto=17)
+    else:
+        first = ip / IPv6ExtHdrFragment(nh=17, m=1, id=77) / UDP(sport=1, dport=2, len=40)
+        later = ip / IPv6ExtHdrFragment(nh=17, offset=2, id=77)
+    assert world.one(POD_A, raw(L2 / first / Raw(bytes(8)))).egress == POD_A
+    result = world.one(POD_A, raw(L2 / later / Raw(bytes(48))))
+    assert result.dropped
+    assert result.reason == value("REASON_UNROUTABLE")
 
 
 def test_an_error_is_an_atomic_datagram_that_quotes_all_of_a_short_packet(world):

@@ -351,12 +351,20 @@ def test_too_big_names_the_path_mtu(world):
     "packet",
     [
         IP(src=A4, dst="10.99.0.1") / ICMP(type=3, code=1) / Raw(b"e" * 28),
-        IP(src=A4, dst="10.99.0.1", frag=10) / Raw(b"later fragment"),
         IPv6(src=A6, dst="fd99::1") / ICMPv6DestUnreach() / Raw(b"e" * 48),
     ],
 )
-def test_no_error_about_an_error_or_a_later_fragment(world, packet):
-    assert world.one(POD_A, raw(ether() / packet)).dropped
+def test_errors_about_nothing_are_dropped_without_an_error(world, packet):
+    result = world.one(POD_A, raw(ether() / packet))
+    assert result.dropped
+    assert result.reason == value("REASON_CT_INVALID")
+
+
+def test_a_fragment_before_its_first_is_held(world):
+    later = ether() / IP(src=A4, dst=B4, id=9, frag=10, proto=17) / Raw(b"later fragment")
+    result = world.one(POD_A, raw(later))
+    assert result.held
+    assert result.reason == value("REASON_HELD")
 
 
 def test_errors_for_a_remote_pod_go_back_through_the_tunnel(world):

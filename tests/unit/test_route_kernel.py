@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataplane.engine.worker import make_tables
 from dataplane.kernels.batch import KIND_IP4, KIND_IP6, VECTOR_MAX, make_batch
-from dataplane.kernels.route import route
-from dataplane.kernels.tables import Tables
+from dataplane.kernels.house import kernel
+from dataplane.kernels.route import peer_of, route
 from dataplane.tables import fib6
 from dataplane.tables.fib4 import Fib4
 from dataplane.tables.fib6 import Fib6
+from dataplane.tables.shm import Shm
 from tests.naive.route import longest
-from xdp.abi import CONST, DTYPE
 
 MASK64 = (1 << 64) - 1
 LENGTHS4 = [8, 9, 15, 16, 23, 24, 25, 26, 30, 31, 32]
@@ -22,27 +23,22 @@ LENGTHS6 = [0, 1, 32, 48, 63, 64, 65, 96, 127, 128]
 BITS = {IPv4Network: 32, IPv6Network: 128}
 
 
-class Lookups:
-    """Both tables, their writers, and the kernel that reads them."""
+@kernel
+def _peers(b, t):
+    """What `route` does, for the table of peers."""
+    for i in range(b.count[0]):
+        b.adjacency[i] = peer_of(t, b.kind[i], b.target_hi[i], b.target_lo[i])
 
-    def __init__(self) -> None:
-        wide = np.zeros(CONST["FIB4_WIDE"], np.uint32)
-        deep = np.zeros(CONST["FIB4_GROUPS"] * 256, np.uint32)
-        entries = np.zeros(CONST["FIB6_SLOTS"], DTYPE["fib6_entry"])
-        lengths = np.zeros(4, np.uint64)
+
+class Lookups:
+    """The tables of a node, writers of two of them, and the kernel that reads those."""
+
+    def __init__(self, shm: Shm, names: tuple[str, str, str, str], find) -> None:
+        wide, deep, entries, lengths = (getattr(shm, name) for name in names)
         self.writers = {4: Fib4(wide, deep), 6: Fib6(entries, lengths)}
-        self.tables = Tables(
-            np.zeros(1, DTYPE["node"]),
-            np.zeros(CONST["PORTS_MAX"], DTYPE["port"]),
-            np.zeros(CONST["ADJACENCIES_MAX"], DTYPE["adjacency"]),
-            np.zeros((CONST["ADJACENCIES_MAX"], CONST["HEADER_MAX"]), np.uint8),
-            wide,
-            deep,
-            entries,
-            lengths,
-            np.zeros(4, np.int64),
-        )
+        self.tables, self.mask6 = make_tables(shm), len(entries) - 1
         self.batch = make_batch()
+        self._kernel = find
 
     def set(self, network, index: int) -> None:
         self.writers[network.version].set(int(network.network_address), network.prefixlen, index)
@@ -63,13 +59,18 @@ class Lookups:
         for i, address in enumerate(addresses):
             b.kind[i] = KIND_IP4 if address.version == 4 else KIND_IP6
             b.target_hi[i], b.target_lo[i] = int(address) >> 64, int(address) & MASK64
-        route(b, self.tables)
+        self._kernel(b, self.tables)
         return b.adjacency[: len(addresses)].tolist()
 
 
-@pytest.fixture(scope="module")
-def lookups():
-    return Lookups()
+FIB = (("fib4_wide", "fib4_deep", "fib6", "fib6_lengths"), route)
+IPCACHE = (("ipcache4_wide", "ipcache4_deep", "ipcache6", "ipcache6_lengths"), _peers)
+
+
+@pytest.fixture(scope="module", params=[FIB, IPCACHE], ids=["routes", "peers"])
+def lookups(request, tmp_path_factory):
+    with Shm.create(tmp_path_factory.mktemp("lookups")) as shm:
+        yield Lookups(shm, *request.param)
 
 
 @st.composite
@@ -115,21 +116,21 @@ def test_lookups_are_their_twin(lookups, kind, make, lengths, data):
     assert lookups.find(addresses) == [0] * len(addresses)
 
 
-def crowded(count: int) -> list[IPv6Network]:
+def crowded(count: int, mask: int) -> list[IPv6Network]:
     """Host routes whose first slots lie within a few of each other."""
     hi, lo = 0x20010DB8 << 32, np.arange(1 << 22, dtype=np.uint64)
     mixed = np.uint64(hi * 0x9E3779B97F4A7C15 & MASK64)
     mixed = mixed ^ ((lo + np.uint64(129)) * np.uint64(0xC2B2AE3D27D4EB4F))
     mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-    slots = (mixed ^ (mixed >> np.uint64(29))) & np.uint64(fib6.SLOTS_MASK)
+    slots = (mixed ^ (mixed >> np.uint64(29))) & np.uint64(mask)
     near = lo[(slots >= 1000) & (slots < 1016)].tolist()[:count]
-    assert len({fib6.slot(hi, n, 129) for n in near} - set(range(1000, 1016))) == 0
+    assert len({fib6.slot(hi, n, 129, mask) for n in near} - set(range(1000, 1016))) == 0
     return [IPv6Network((hi << 64 | n, 128)) for n in near]
 
 
 def test_routes_that_crowd_one_place_are_all_found(lookups):
     """Runs of slots are searched past others' entries and past the holes of deleted ones."""
-    networks = crowded(12)
+    networks = crowded(12, lookups.mask6)
     assert len(networks) == 12
     addresses = [network.network_address for network in networks]
     for index, network in enumerate(networks, 1):
@@ -158,6 +159,7 @@ def test_halves_and_a_default_route(lookups):
     assert lookups.find(addresses) == [0] * len(addresses)
 
 
+@pytest.mark.parametrize("lookups", [FIB], indirect=True, ids=["routes"])
 def test_dropped_and_other_packets_keep_no_route(lookups):
     """Only pending IP packets are looked up."""
     everything = ip_network("0.0.0.0/8")

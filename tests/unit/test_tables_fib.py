@@ -180,20 +180,22 @@ def lookup6(entries, lengths, address: int) -> int:
 
 
 @kernel
-def _slots(hi, lo, depth, out):
+def _slots(hi, lo, depth, mask, out):
     for i in range(len(out)):
-        out[i] = route.slot6(hi[i], lo[i], depth[i])
+        out[i] = route.slot6(hi[i], lo[i], depth[i], mask)
 
 
-def test_the_kernel_mixes_alike():
+@pytest.mark.parametrize("mask", [route.FIB6_MASK, route.IPCACHE6_MASK])
+def test_the_kernel_mixes_alike(mask):
     numbers = np.random.default_rng(1)
     hi = numbers.integers(0, 1 << 64, 500, np.uint64, endpoint=False)
     lo = numbers.integers(0, 1 << 64, 500, np.uint64, endpoint=False)
     hi[:3], lo[:3] = (1 << 64) - 1, (1 << 64) - 1
     depth = numbers.integers(1, 130, 500)
     out = np.zeros(500, np.int64)
-    _slots(hi, lo, depth, out)
-    expected = [slot(int(h), int(w), int(d)) for h, w, d in zip(hi, lo, depth, strict=True)]
+    _slots(hi, lo, depth, mask, out)
+    each = zip(hi.tolist(), lo.tolist(), depth.tolist(), strict=True)
+    expected = [slot(*entry, int(mask)) for entry in each]
     assert out.tolist() == expected
 
 

@@ -6,13 +6,14 @@ from hypothesis import strategies as st
 
 from dataplane.kernels.batch import (
     FLAG_FRAGMENT,
+    FLAG_ICMP_ERROR,
     FLAG_LATER_FRAGMENT,
     KIND_ARP,
     VERDICT_DROP,
 )
 from dataplane.kernels.parse import parse
 from tests import strategies
-from tests.naive import headers, node
+from tests.naive import forward, headers, node
 from tests.worlds import POD_A
 from xdp.abi import value
 
@@ -48,9 +49,15 @@ def test_parse_is_its_twin(worlds, batch):
             "l4": int(b.l4[i]),
             "fragment": bool(b.flags[i] & FLAG_FRAGMENT),
             "later": bool(b.flags[i] & FLAG_LATER_FRAGMENT),
+            "identification": int(b.fragment[i]) if b.flags[i] & FLAG_FRAGMENT else None,
             "ports": (int(b.source_port[i]), int(b.target_port[i])),
         }
         assert found == expected, frame.hex()
+        source, target = found["ports"]
+        word = source << 48 | target << 32 | found["protocol"] << 8 | found["kind"]
+        assert b.word[i] == word
+        assert b.hash[i] == forward.flow_hash(found)
+        assert bool(b.flags[i] & FLAG_ICMP_ERROR) == headers.is_error(expected, frame[14:])
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
@@ -58,10 +65,12 @@ def test_parse_is_its_twin(worlds, batch):
 def test_the_decision_is_its_twin(worlds, batch):
     world = worlds("TUNNEL_VXLAN", 4, 1_000_000)
     world.now += 1_000_000_000
+    world.forget()
     results = world.run([(POD_A, frame) for frame in batch])
+    firsts: set = set()
     for i, (frame, result) in enumerate(zip(batch, results, strict=True)):
-        assert result.sent or result.dropped
-        expected = node.from_pod(POD_A, frame)
+        expected = node.from_pod(POD_A, frame, firsts)
+        assert result.sent or result.dropped or (result.held and expected == ("HELD", None))
         if expected is None:
             continue
         reason, egress = expected
