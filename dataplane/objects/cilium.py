@@ -194,7 +194,7 @@ class _Reader:
             at: Place = (*place, name, n)
             peers = self._peers(rule, at, "from" if direction == INGRESS else "to")
             ports = self._ports(rule, at)
-            if peers is None and ports is None:
+            if peers is None and ports is None and not _names_peers(rule):
                 peers = ()  # an empty element selects nothing: it isolates only
             found.append(Rule(direction, name, n, bool(deny), peers, ports))
         return found
@@ -313,6 +313,10 @@ class _Reader:
             _few(given, (*at, "fields"))
             found += [_icmp(field, (*at, "fields", m)) for m, field in enumerate(given)]
         return tuple(found) if ports or icmps else None
+
+
+def _names_peers(rule: Mapping[str, Any]) -> bool:
+    return any(one is not None for name, one in rule.items() if name not in ("toPorts", "icmps"))
 
 
 def _few(given: list[Any], place: Place) -> None:

@@ -1,4 +1,4 @@
-"""The kernel's policy lookup in plain Python, over the arrays of shared memory, as abi.h tells it."""
+"""The kernel's policy lookup in plain Python, over the arrays of shared memory, as abi.h has it."""
 
 from ipaddress import ip_address
 

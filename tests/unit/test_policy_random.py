@@ -1,0 +1,54 @@
+"""Random policies and changes: the tables say what an independent reading of the manifests says."""
+
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.policy_strategies import PORTS, WORLD, change, fill
+from tests.policy_world import OWN, PolicyWorld, addresses
+
+PODS = [ip for place in range(9) for ip in addresses(place % 2 + 1, 2 + place)]
+PEERS = [*PODS, *WORLD, *OWN, "192.0.2.2", "10.244.1.1", "10.244.2.1", "10.244.1.77"]
+CHANGES = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    made = PolicyWorld(tmp_path_factory.mktemp("world"))
+    yield made
+    made.shm.close()
+
+
+def size(world) -> tuple[int, int, int]:
+    """Entries, policy rows and prefixes that stand."""
+    rows = set(world.shm.subjects["policy"].tolist())
+    return (
+        world.writer.entries.count,
+        len(rows),
+        sum(len(fib.routes) for fib in world.writer.ipcache.values()),
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 1 << 32), match=st.sampled_from(["kubernetes", "cilium"]))
+def test_every_change_leads_where_a_fresh_reading_leads(world, seed, match):
+    r = Random(seed)
+    fill(r, world)
+    world.start(cidr_match=match)  # over what another example left in the tables
+    assert world.update() == []
+    world.check(PEERS, PORTS)
+    for _ in range(CHANGES):
+        change(r, world)
+        world.update()
+        world.now += 0.5
+        world.check(PEERS, PORTS)
+    step_by_step = size(world)
+    judgement = int(world.shm.control[0]["judgement"])
+    world.update()
+    assert int(world.shm.control[0]["judgement"]) == judgement, "nothing is new"
+    world.start(cidr_match=match)
+    world.update()
+    world.check(PEERS, PORTS)
+    assert size(world) == step_by_step, "step by step something was left behind"
