@@ -9,6 +9,7 @@ plugin is asked to attach, with the configuration that the node itself put into 
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -17,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from ipaddress import ip_interface
+from ipaddress import ip_address, ip_interface
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +44,63 @@ class Settings:
     cpus: frozenset[int] = frozenset()  # where the daemons may run, empty: anywhere
     network: dict[str, Any] = field(default_factory=dict)  # more of the section `network`
     forwarder: dict[str, Any] = field(default_factory=dict)  # more of the section `forwarder`
+    more: dict[str, Any] = field(default_factory=dict)  # further sections
+
+
+@dataclass(frozen=True)
+class PodSpec:
+    """What a Pod object says. ports: containerPort entries."""
+
+    namespace: str = "default"
+    labels: dict[str, str] = field(default_factory=dict)
+    ports: tuple[dict[str, Any], ...] = ()
 
 
 class Pod:
-    """A namespace with an eth0 from Penstock."""
+    """A namespace with an eth0 from Penstock, and its Pod object."""
 
-    def __init__(self, node: "Node", name: str) -> None:
-        """Make the namespace and run ADD; LabError with the plugin's answer when it fails."""
+    def __init__(self, node: "Node", name: str, spec: "PodSpec") -> None:
+        """Make object and namespace, run ADD; LabError with the plugin's answer when it fails.
+
+        As in a cluster the object is there before the pod, and its addresses come after.
+        """
         self.node = node
         self.name = name
+        self.spec = spec
         self.container = secrets.token_hex(16)
+        self.addresses: dict[int, str] = {}
+        self.announce()
         self.namespace = node.cluster.lab.namespace(name)
         self.result = node.cni("ADD", self)
         interfaces = [ip_interface(row["address"]) for row in self.result["ips"]]
-        self.addresses: dict[int, str] = {one.version: str(one.ip) for one in interfaces}
+        self.addresses = {one.version: str(one.ip) for one in interfaces}
+        self.announce()
+
+    def announce(self, labels: dict[str, str] | None = None) -> None:
+        """Write the Pod object; labels: new ones."""
+        if labels is not None:
+            self.spec = dataclasses.replace(self.spec, labels=labels)
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "name": self.name,
+                "namespace": self.spec.namespace,
+                "labels": self.spec.labels,
+            },
+            "spec": {
+                "nodeName": self.node.name,
+                "containers": [{"name": "main", "ports": list(self.spec.ports)}],
+            },
+            "status": {"podIPs": [{"ip": address} for address in self.addresses.values()]},
+        }
+        self.node.cluster.apply(f"pod-{self.spec.namespace}-{self.name}", pod)
 
     def delete(self) -> None:
-        """Run DEL and remove the namespace."""
+        """Run DEL, remove the namespace and the object."""
         self.node.cni("DEL", self)
         self.node.pods.remove(self)
+        self.node.cluster.remove(f"pod-{self.spec.namespace}-{self.name}")
         self.node.cluster.lab.delete(self.namespace)
 
 
@@ -108,6 +147,7 @@ class Node:
             },
             "source": {"folder": str(self.cluster.manifests)},
             "forwarder": settings.forwarder,
+            **settings.more,
         }
 
     # --- the daemon -------------------------------------------------------------------------------
@@ -183,9 +223,9 @@ class Node:
 
     # --- pods -------------------------------------------------------------------------------------
 
-    def pod(self, name: str) -> Pod:
+    def pod(self, name: str, spec: PodSpec | None = None) -> Pod:
         """Attach a new pod."""
-        pod = Pod(self, name)
+        pod = Pod(self, name, spec or PodSpec())
         self.pods.append(pod)
         return pod
 
@@ -206,7 +246,7 @@ class Node:
             "CNI_NETNS": str(pod.namespace.path),
             "CNI_IFNAME": "eth0",
             "CNI_PATH": str(find("penstock-cni").parent),
-            "CNI_ARGS": f"K8S_POD_NAMESPACE=default;K8S_POD_NAME={pod.name}",
+            "CNI_ARGS": f"K8S_POD_NAMESPACE={pod.spec.namespace};K8S_POD_NAME={pod.name}",
         }
         done = subprocess.run(
             [find("penstock-cni")],
@@ -222,6 +262,30 @@ class Node:
                 f"{command} of {pod.name} on {self.name}: {done.stdout}{done.stderr}\n{self.log()}"
             )
         return json.loads(done.stdout) if done.stdout.strip() else None
+
+
+class Outside:
+    """A host of the world: on the underlay, with addresses of its own behind it."""
+
+    def __init__(self, cluster: "Cluster", namespace: Namespace, number: int) -> None:
+        """number: of its address in the underlay."""
+        self.namespace = namespace
+        self.number = number
+        self.underlay = {4: str(UNDERLAY4 + number), 6: str(UNDERLAY6 + number)}
+        self.addresses = {4: f"11.0.{number}.1", 6: f"2001:db8:ffff:{number:x}::1"}
+        bits = {4: 32, 6: 128}
+        for family, address in self.addresses.items():
+            nodad = " nodad" if family == 6 else ""
+            namespace.ip(f"addr add {address}/{bits[family]} dev lo{nodad}")
+            for node in cluster.nodes:
+                way = f"via {self.underlay[family]} dev eth0"
+                node.namespace.ip(f"route add {address}/{bits[family]} {way}")
+
+    def reach(self, address: str, node: Node) -> None:
+        """Route an address, such as a load balancer's, to a node."""
+        version = ip_address(address).version
+        bits = 32 if version == 4 else 128
+        self.namespace.ip(f"route replace {address}/{bits} via {node.addresses[version]} dev eth0")
 
 
 class Cluster:
@@ -282,14 +346,27 @@ class Cluster:
                 "conditions": [{"type": "Ready", "status": "True"}],
             },
         }
-        # Beside and renamed: a watcher must not see half a file.
-        beside = self.manifests / f".{name}"
-        beside.write_text(yaml.safe_dump(node))
-        beside.rename(self.manifests / f"node-{name}.yaml")
+        self.apply(f"node-{name}", node)
 
     def withdraw(self, name: str) -> None:
         """Delete a Node object."""
-        (self.manifests / f"node-{name}.yaml").unlink()
+        self.remove(f"node-{name}")
+
+    def apply(self, file: str, *manifests: dict[str, Any]) -> None:
+        """Write objects as one file of the folder, in the place of what it held."""
+        # Beside and renamed: a watcher must not see half a file.
+        beside = self.manifests / f".{file}"
+        beside.write_text(yaml.safe_dump_all(manifests))
+        beside.rename(self.manifests / f"{file}.yaml")
+
+    def remove(self, file: str) -> None:
+        """Delete a file of objects."""
+        (self.manifests / f"{file}.yaml").unlink(missing_ok=True)
+
+    def outside(self, name: str = "outside") -> "Outside":
+        """Add a host that is not in the cluster, on the underlay; nodes have a way to it."""
+        space = self.lab.namespace(name)
+        return Outside(self, space, self.lab.connect(space, self.settings.mtu))
 
     def stop(self) -> list[int]:
         """Stop all daemons; returns their exit statuses."""

@@ -352,7 +352,7 @@ def _tables(
         routes=routes,
         tunnel_port=config.network.tunnel_port if tunnelled else 0,
         locals=tuple(locals_) if tunnelled else (),
-        prefixes=() if tunnelled else me.pod_cidrs,
+        prefixes=me.pod_cidrs,
         nat=_masquerading(config, me),
     )
 

@@ -199,7 +199,7 @@ def test_later_fragments_follow_the_first(world, node):
 def test_a_remembered_fragment_grows_old(world, node):
     first, middle, _ = fragments(node, 21)
     world.run(first)
-    names = world.bpf.maps["frontend_fragments"]
+    names = world.bpf.maps["steered_fragments"]
     for name, _ in list(names.items()):
         names.update(name, time.clock_gettime_ns(time.CLOCK_MONOTONIC) - 61 * 10**9)
     assert world.run(middle) == PASS

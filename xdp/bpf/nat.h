@@ -12,6 +12,8 @@
 #ifndef PENSTOCK_NAT_H
 #define PENSTOCK_NAT_H
 
+#include "transport.h"
+
 struct nat_pair {
   __u32 connections[2]; /* of an even port and the next one */
 };
@@ -44,61 +46,78 @@ static __always_inline int nat_port_taken(int row, __u16 port_be)
   return pair && pair->connections[port & 1];
 }
 
-/* Whether the transport header at l4 is sent to (or, in a quoted packet, from) one of our ports. */
-static __always_inline int nat_ports_match(__u8 protocol, const __u8 *l4, const void *end, int quoted)
+/* Whether a transport header is sent to (or, in a quoted packet, from) one of our ports. */
+static __always_inline int nat_matches(__u8 protocol, const __u16 *words, const void *end, int quoted)
 {
   int row = nat_row(protocol);
 
-  if (l4 + 8 > (const __u8 *)end)
+  if ((const void *)(words + 4) > end)
     return 0;
   if (row >= 0)
-    return nat_port_taken(row, *(const __u16 *)(l4 + (quoted ? 0 : 2)));
+    return nat_port_taken(row, words[quoted ? 0 : 1]);
   if (protocol != IPPROTO_ICMP && protocol != IPPROTO_ICMPV6)
     return 0;
-  /* Replies to queries; in a quoted packet, the query itself. Both have the identifier. */
-  return nat_port_taken(NAT_ROW_ICMP, *(const __u16 *)(l4 + 4));
-}
-
-static __always_inline int nat_is_error4(const __u8 *icmp)
-{
-  return icmp[0] == 3 || icmp[0] == 11 || icmp[0] == 12;
+  return nat_port_taken(NAT_ROW_ICMP, words[2]); /* the identifier, of query and reply alike */
 }
 
 /* An IPv4 packet to the address that we masquerade with. */
-static __always_inline int nat_ours4(const struct iphdr *ip, const void *end)
+static __always_inline int nat_ours4(const struct iphdr *ip, void *end)
 {
-  const __u8 *l4 = (const __u8 *)ip + ip->ihl * 4;
-  const struct iphdr *quoted = (const void *)(l4 + 8);
+  struct fragment_key fragment = {};
+  struct transport t = {};
+  const __u16 *words;
 
-  if (ip->ihl < 5 || ip->frag_off & bpf_htons(0x1fff) || l4 + 8 > (const __u8 *)end)
+  if (!transport4(ip, end, &t))
     return 0;
-  if (ip->protocol != IPPROTO_ICMP || !nat_is_error4(l4))
-    return nat_ports_match(ip->protocol, l4, end, 0);
-  if ((const void *)(quoted + 1) > end || quoted->ihl != 5 || quoted->saddr != ip->daddr)
+  if (t.first || t.later)
+    name_fragment(&fragment, &ip->saddr, &ip->daddr, 4, &t);
+  if (t.later)
+    return is_followed(&fragment);
+  words = (void *)ip + t.at;
+  if ((void *)(words + 4) > end)
     return 0;
-  return nat_ports_match(quoted->protocol, (const __u8 *)(quoted + 1), end, 1);
+  if (t.protocol == IPPROTO_ICMP && is_error4(*(const __u8 *)words)) {
+    const struct iphdr *quoted = (void *)words + ICMP_QUOTED;
+
+    if (!transport4(quoted, end, &t) || t.later || quoted->saddr != ip->daddr)
+      return 0;
+    return nat_matches(t.protocol, (void *)quoted + t.at, end, 1);
+  }
+  if (!nat_matches(t.protocol, words, end, 0))
+    return 0;
+  if (t.first)
+    follow(&fragment);
+  return 1;
 }
 
 /* An IPv6 packet to the address that we masquerade with. */
-static __always_inline int nat_ours6(const struct ipv6hdr *ip, const void *end)
+static __always_inline int nat_ours6(const struct ipv6hdr *ip, void *end)
 {
-  const __u8 *l4 = (const __u8 *)(ip + 1);
-  const struct ipv6hdr *quoted = (const void *)(l4 + 8);
-  __u8 protocol = ip->nexthdr;
+  struct fragment_key fragment = {};
+  struct transport t = {};
+  const __u16 *words;
 
-  if (protocol == IPPROTO_FRAGMENT) {
-    if (l4 + 8 > (const __u8 *)end || *(const __u16 *)(l4 + 2) & bpf_htons(0xfff8))
+  if (!transport6(ip, end, &t))
+    return 0;
+  if (t.first || t.later)
+    name_fragment(&fragment, &ip->saddr, &ip->daddr, 6, &t);
+  if (t.later)
+    return is_followed(&fragment);
+  words = (void *)ip + t.at;
+  if ((void *)(words + 4) > end)
+    return 0;
+  if (t.protocol == IPPROTO_ICMPV6 && *(const __u8 *)words < 128) {
+    const struct ipv6hdr *quoted = (void *)words + ICMP_QUOTED;
+
+    if (!transport6(quoted, end, &t) || t.later)
       return 0;
-    protocol = l4[0];
-    return nat_ports_match(protocol, l4 + 8, end, 0);
+    return nat_matches(t.protocol, (void *)quoted + t.at, end, 1);
   }
-  if (l4 + 8 > (const __u8 *)end)
+  if (!nat_matches(t.protocol, words, end, 0))
     return 0;
-  if (protocol != IPPROTO_ICMPV6 || l4[0] > 127)
-    return nat_ports_match(protocol, l4, end, 0);
-  if ((const void *)(quoted + 1) > end)
-    return 0;
-  return nat_ports_match(quoted->nexthdr, (const __u8 *)(quoted + 1), end, 1);
+  if (t.first)
+    follow(&fragment);
+  return 1;
 }
 
 #endif

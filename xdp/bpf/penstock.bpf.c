@@ -6,9 +6,9 @@
  *
  * Theory. Nothing is decided here but the way: every decision about a packet is made once, in the
  * vector kernels. pod_rx looks at nothing. uplink_rx takes UDP packets to the tunnel port at one of
- * our underlay addresses, with direct routing packets to our pod prefixes, and packets to services'
- * frontends (frontends.h); packets with IPv4 options, fragments and IPv6 extension headers are never
- * tunnel packets of ours.
+ * our underlay addresses, packets to our pod prefixes, to services' frontends (frontends.h) and to
+ * connections that were masqueraded (nat.h); packets with IPv4 options, fragments and IPv6 extension
+ * headers are never tunnel packets of ours.
  */
 #include <linux/types.h>
 #include <linux/bpf.h>
