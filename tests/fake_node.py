@@ -17,6 +17,7 @@ from dataplane.control.model import (
     HOST_PEER,
     NUD_PERMANENT,
     Actual,
+    Desired,
     EndpointView,
     Link,
     Neighbour,
@@ -30,6 +31,11 @@ from dataplane.objects.core import Node
 UPLINK_MAC = bytes.fromhex("0c0000000001")
 NEIGHBOUR_MAC = bytes.fromhex("0c0000000002")
 REACHABLE = 0x02
+
+
+async def no_engines(objects: Objects, wanted: Desired) -> list[str]:
+    """What a reconciler asks for policies and services, where a test has none."""
+    return []
 
 
 class FakeKernel:

@@ -20,8 +20,9 @@ from dataplane.engine.account import Counters, make_counters
 from dataplane.engine.conntrack import NAT_PORTS, Conntrack
 from dataplane.engine.worker import make_tables
 from dataplane.kernels.batch import VERDICT_DROP, VERDICT_HOLD, VERDICT_SEND, make_batch
-from dataplane.kernels.connections import Tracker
+from dataplane.kernels.connections import MASK, Tracker, sweep
 from dataplane.kernels.fragments import Fragments, make_fragments
+from dataplane.kernels.rows import Rows
 from dataplane.tables.model import Adjacency, Port, Tunnel
 from dataplane.tables.shm import Shm
 from dataplane.tables.writer import TableWriter
@@ -55,7 +56,7 @@ TIMEOUTS = {
 }  # fmt: skip
 """Seconds by state of a connection; each its own, so that one taken for another shows."""
 NAT_FIRST, NAT_COUNT = 40960, 24576
-LOOPBACK4, LOOPBACK6 = ip_address("169.254.42.1"), ip_address("fe80:42::1")
+LOOPBACK4, LOOPBACK6 = ip_address("169.254.42.1"), ip_address("fd00:42::1")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,15 @@ class Lane:
     counters: Counters
 
 
+def open_pods(shm: Shm, identities: dict[int, int]) -> None:
+    """Let policy row 1 allow everything to these ports. identities: by port."""
+    for way in ("ingress", "egress"):
+        shm.policies[1][f"{way}_otherwise"] = CONST["POLICY_ALLOW"]
+    for index, identity in identities.items():
+        row = shm.subjects[index]
+        row["identity"], row["policy"] = identity, 1
+
+
 class World:
     """Tables, an area of frames, and the compiled stages."""
 
@@ -111,7 +121,7 @@ class World:
         self._ports()
         self._routes()
         self.writer.publish()
-        self._policies()
+        open_pods(self.shm, IDENTITY)
         self.tables = make_tables(self.shm)
         self.batch = make_batch()
         self.area = np.full(STRIDE * CONST["VECTOR_MAX"], FILL, np.uint8)
@@ -180,14 +190,6 @@ class World:
             )  # fmt: skip
             self.writer.set_port(index, port)
         self.writer.set_port(UPLINK, Port(value("PORT_UPLINK"), "eth0", 13, 1500, 1, UPLINK_MAC))
-
-    def _policies(self) -> None:
-        """Pods are open: policy row 1 allows everything."""
-        for way in ("ingress", "egress"):
-            self.shm.policies[1][f"{way}_otherwise"] = CONST["POLICY_ALLOW"]
-        for index in (POD_A, POD_B):
-            row = self.shm.subjects[index]
-            row["identity"], row["policy"] = IDENTITY[index], 1
 
     def _routes(self) -> None:
         def here(kind: str) -> Adjacency:
@@ -269,6 +271,17 @@ class World:
         self.load(frames)
         self.process(worker)
         return [self._result(i) for i in range(len(frames))]
+
+    def tally(self, worker: int = 0) -> None:
+        """Count the vector that was processed."""
+        loop.tally(self.batch, self.tables, self.lanes[worker].counters)
+
+    def sweep(self) -> int:
+        """Forget connections that are idle for too long; return how many."""
+        timeouts, mask = Rows(self.shm.node[0]["timeout_s"]), int(self.tracker.words[MASK])
+        tables = (self.tables.connections, self.tables.connection_index, Rows(self.nat_ports))
+        tick = self.now >> CONST["TICK_SHIFT"]
+        return sweep(*tables, timeouts, mask, 0, self.conntrack.records, tick)[2]
 
     def one(self, port: int, frame: bytes, worker: int = 0) -> Result:
         """Send one frame through all stages."""

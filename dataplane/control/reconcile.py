@@ -69,7 +69,7 @@ class Reconciler:
         self._wake = asyncio.Event()
         self._turn = asyncio.Lock()
         self._stands: Tables | None = None
-        self._synced = -1
+        self._synced = (-1, -1)
         self._failures = 0
         self._doorbell: Doorbell | None = None
         self._silent: frozenset[Key] = frozenset()  # neighbours that do not answer
@@ -130,7 +130,8 @@ class Reconciler:
             for end in ends
             for port in ports
         )
-        generation = int(self._writer.shm.control[0]["ports_generation"])
+        control = self._writer.shm.control[0]
+        generation = int(control["ports_generation"]), int(control["frontends_generation"])
         return there and self._synced == generation
 
     # --- the loop -----------------------------------------------------------------------------
@@ -279,7 +280,8 @@ class Reconciler:
         self._stands = tables
 
     async def _follow(self) -> None:
-        generation = int(self._writer.shm.control[0]["ports_generation"])
+        control = self._writer.shm.control[0]
+        generation = int(control["ports_generation"]), int(control["frontends_generation"])
         if generation != self._synced:
             await self._sync()
             self._synced = generation

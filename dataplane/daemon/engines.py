@@ -3,13 +3,17 @@
 Rule: before a turn writes a port, the policy of its pod stands; a turn that fails in an engine
 leaves what stood.
 
-Theory. Each engine computes differences from whole snapshots and writes them to shared memory itself
-(dataplane/policy, dataplane/services). They run on one thread beside the event loop, since the first
-turn of a large cluster takes seconds; the turn waits for them. Health check node ports follow the
+Theory. Each engine computes differences from whole snapshots and writes them to shared memory
+itself (dataplane/policy, dataplane/services). They run on one thread beside the event loop, since
+the first turn of a large cluster takes seconds; the turn waits for them. What the first turn made
+lives as long as the agent, so the garbage collector need not look at it again: with a million
+objects it would stop everything for more than half a second. Health check node ports follow the
 services; the bitmap of the node's own ports is refreshed by a task.
 """
 
 import asyncio
+import gc
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_network
@@ -30,6 +34,7 @@ from dataplane.tables.policies import PolicyWriter
 from dataplane.tables.services import ServiceWriter
 from dataplane.tables.shm import Shm
 
+SILENT_NS = 5_000_000_000  # an idle worker wakes once a second
 RULES, NAMES = "rules.json", "services.json"
 
 
@@ -61,14 +66,20 @@ class Engines:
             ),
             shm.folder / NAMES,
         )
-        self.health = HealthServer()
+        self.health = HealthServer(self._forwards)
+        self._settled = False
         self._thread = ThreadPoolExecutor(1, "engines")
 
     async def update(self, objects: Objects, wanted: Desired) -> list[str]:
         """Bring policies and services in force; return what is wrong with them."""
         loop = asyncio.get_running_loop()
         problems = await loop.run_in_executor(self._thread, self._update, objects, wanted)
-        await self.health.follow(self.services.health_checks())
+        port = self._config.services.healthz_port
+        await self.health.follow(self.services.health_checks(), port)
+        if not self._settled:
+            self._settled = True
+            gc.collect()
+            gc.freeze()
         return [*problems, *self.health.problems]
 
     def _update(self, objects: Objects, wanted: Desired) -> list[str]:
@@ -92,9 +103,7 @@ class Engines:
             if end.number in ports
         )
         keep: list[Cidr] = [ip_network(text) for text in self._config.masquerade.exclude]
-        keep += [
-            ip_network(at) for node in objects.nodes.values() for at in node.internal_ips
-        ]
+        keep += [ip_network(at) for node in objects.nodes.values() for at in node.internal_ips]
         return LocalView(
             node=self._config.node.name,
             addresses=wanted.own,
@@ -103,6 +112,11 @@ class Engines:
             keep_source=tuple(keep),
             host_port=int(wanted.tables.node["host_port"]),
         )
+
+    def _forwards(self) -> bool:
+        """Whether a worker has given a sign of life lately: what health checks are told."""
+        newest = int(self._shm.worker_stats["heartbeat_ns"].max())
+        return time.clock_gettime_ns(time.CLOCK_MONOTONIC) - newest < SILENT_NS
 
     async def follow_ports(self, stop: asyncio.Event) -> None:
         """Keep the bitmap of the node's own ports in line."""

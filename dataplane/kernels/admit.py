@@ -28,8 +28,8 @@ from dataplane.kernels.batch import (
 from dataplane.kernels.decap import decapsulate
 from dataplane.kernels.house import inline, kernel, load8, load32be, load64be
 from dataplane.kernels.parse import drop
-from dataplane.kernels.route import lookup
-from xdp.abi import value
+from dataplane.kernels.route import lookup, peer_of
+from xdp.abi import CONST, value
 
 PORT_POD = value("PORT_POD")
 PORT_HOST = value("PORT_HOST")
@@ -47,6 +47,7 @@ UNKNOWN_SENDER = value("REASON_UNKNOWN_SENDER")
 MULTICAST = value("REASON_MULTICAST")
 PORT_GONE = value("REASON_PORT_GONE")
 
+PEER_REMOTE_NODE = CONST["PEER_REMOTE_NODE"]
 LINK_LOCAL = 0x3FA  # fe80::/10, the first ten bits
 ZERO = np.uint64(0)
 
@@ -140,8 +141,9 @@ def _admit_outside(b, t, i):
         or row.kind == ADJACENCY_GATEWAY
         or row.kind == ADJACENCY_BLACKHOLE
     )
-    if row.kind == ADJACENCY_TUNNEL:  # the node at the tunnel's end may speak for itself
-        forged = row.remote_hi != b.source_hi[i] or row.remote_lo != b.source_lo[i]
+    if row.kind == ADJACENCY_TUNNEL:  # a node may speak for itself, not for its pods
+        peer = t.peers[peer_of(t, b.kind[i], b.source_hi[i], b.source_lo[i])]
+        forged = not peer.flags & PEER_REMOTE_NODE
     if forged:
         drop(b, i, INVALID_SOURCE)
 

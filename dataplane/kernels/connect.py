@@ -180,7 +180,8 @@ def _source(b, t, i, service, adjacency):
     if service:
         back_to_pod = row.kind == ADJACENCY_POD and row.port == b.ingress[i]
         here = row.kind == ADJACENCY_HOST or row.kind == ADJACENCY_GATEWAY
-        if back_to_pod or (kind == PORT_HOST and here):
+        # The node's stack would answer a client outside past us; not so the loopback address.
+        if back_to_pod or (here and (kind == PORT_HOST or b.flags[i] & FLAG_OUTSIDE)):
             if four:
                 return NAT_SOURCE | HAIRPIN, ZERO, node.loopback4
             return NAT_SOURCE | HAIRPIN, node.loopback6_hi, node.loopback6_lo

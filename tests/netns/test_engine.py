@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.worlds import open_pods
 from xdp.abi import value
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
@@ -90,8 +91,9 @@ class World:
         routes[ipaddress.ip_network(ROUTER6)] = gateway
         writer.replace_routes(routes)
         writer.publish()
+        open_pods(self.shm, dict.fromkeys(range(len(self.pods)), 70000))
         (self.run_dir / "shm" / "steering.json").write_text(
-            json.dumps({"tunnel_port": 8472, "locals": ["192.0.2.1"], "prefixes": []})
+            json.dumps({"tunnel_port": 8472, "locals": ["192.0.2.1"], "prefixes": [], "nat": []})
         )
         with inside(self.node):
             self.forwarder = Forwarder(self.shm, self.run_dir)
@@ -214,7 +216,7 @@ def test_a_device_that_vanishes_is_set_aside_and_others_go_on():
         assert "gone" in views["h2"]["error"]
         sh(f"ip netns exec {world.pods[0]} ping -c 3 -i 0.05 -W 5 10.9.0.3")
         worker = world.forwarder.workers[0]
-        held = int((worker.rings.owner >= 0).sum()) + int(worker.rings.free_count[0])
+        held = int((worker.rings.owner.array >= 0).sum()) + int(worker.rings.free_count[0])
         assert held <= len(worker.rings.free)
     finally:
         world.close()

@@ -21,6 +21,7 @@ from dataplane.objects.collect import Objects
 from dataplane.objects.core import Node
 from dataplane.tables.shm import Shm
 from dataplane.tables.writer import TableWriter
+from tests.fake_node import no_engines
 from xdp.abi import value
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
@@ -70,7 +71,9 @@ class Under:
         async def follow() -> None:
             """The forwarder of this test follows at once."""
 
-        loop = Reconciler(self.config, lambda: self.objects, lambda: self.ends, self.writer, follow)
+        loop = Reconciler(
+            self.config, lambda: self.objects, lambda: self.ends, self.writer, follow, no_engines
+        )
         stop = asyncio.Event()
         task = asyncio.create_task(loop.run(stop))
         self.loop = loop

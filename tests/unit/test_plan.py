@@ -64,7 +64,8 @@ def test_routes_of_an_overlay_node():
         assert adjacency.mtu == 1450
     assert {port.name for port in ports.values()} == {HOST_PEER, "eth0", "pst00000001"}
     assert wanted.tables.locals == (ip_address("192.0.2.1"),)
-    assert wanted.tables.prefixes == ()
+    assert [str(cidr) for cidr in wanted.tables.prefixes] == ["10.244.1.0/24", "fd00:244:0:1::/64"]
+    assert [str(at) for at in wanted.tables.nat] == ["192.0.2.1", "2001:db8::1"]
 
 
 def test_routes_of_a_direct_node():

@@ -16,7 +16,7 @@ from dataplane.control.model import HOST, HOST_PEER, Neighbour
 from dataplane.control.reconcile import Reconciler
 from dataplane.tables.shm import Shm
 from dataplane.tables.writer import TableWriter
-from tests.fake_node import NEIGHBOUR_MAC, FakeKernel, config, node, objects
+from tests.fake_node import NEIGHBOUR_MAC, FakeKernel, config, no_engines, node, objects
 from xdp.abi import value
 
 SECONDS = 30
@@ -47,18 +47,24 @@ class Node:
         self.kernel, self.things, self.ends = FakeKernel(), objects(), []
         self.kernel.close = lambda: None
         self.away, self.syncs = False, 0
+        self.ports_then: list[list[int]] = []  # that stood when policies were asked for
+        self.engine_problems: list[str] = []
         monkeypatch.setattr(reconcile, "Kernel", lambda: self.kernel)
         monkeypatch.setattr(reconcile, "Doorbell", Silence)
         self.shm = Shm.create(folder)
         self.writer = TableWriter(self.shm)
         self.loop = Reconciler(
-            config(), lambda: self.things, lambda: self.ends, self.writer, self.follow
+            config(), lambda: self.things, lambda: self.ends, self.writer, self.follow, self.engines
         )
 
     async def follow(self) -> None:
         if self.away:
             raise OSError("the forwarder is away")
         self.syncs += 1
+
+    async def engines(self, objects, wanted) -> list[str]:
+        self.ports_then.append(sorted(self.writer.ports()))
+        return list(self.engine_problems)
 
     def kinds(self) -> dict[str, int]:
         rows = self.shm.adjacencies
@@ -108,7 +114,12 @@ def test_one_turn_does_everything_and_the_second_nothing(there):
     ports = {port.name for port in there.writer.ports().values()}
     assert ports == {"eth0", HOST_PEER, "pst00000001"}
     steering = json.loads((there.shm.folder / "steering.json").read_text())
-    assert steering == {"tunnel_port": 8472, "locals": ["192.0.2.1"], "prefixes": []}
+    assert steering == {
+        "tunnel_port": 8472,
+        "locals": ["192.0.2.1"],
+        "prefixes": ["10.244.1.0/24", "fd00:244:0:1::/64"],
+        "nat": ["192.0.2.1", "2001:db8::1"],
+    }
 
 
 def test_a_new_reconciler_writes_nothing_that_stands(there):
@@ -121,12 +132,25 @@ def test_a_new_reconciler_writes_nothing_that_stands(there):
         await there.loop.once()
         before = rows()
         again = Reconciler(
-            config(), lambda: there.things, list, TableWriter(there.shm), there.follow
+            config(), lambda: there.things, list, TableWriter(there.shm), there.follow, no_engines
         )
         await again.once()
         assert rows() == before
         assert there.syncs == 2, "it cannot know whether the forwarder followed"
         again.close()
+        there.loop.close()
+
+    drive(main)
+
+
+def test_policies_come_before_the_ports_of_their_pods(there):
+    async def main():
+        there.ends = [there.kernel.pod(1)]
+        there.engine_problems = ["policy shop/web: refused"]
+        await there.loop.once()
+        assert there.ports_then[0] == []
+        assert there.writer.ports()
+        assert "policy shop/web: refused" in there.loop.status()["problems"]
         there.loop.close()
 
     drive(main)
