@@ -12,7 +12,7 @@ equal.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dataplane.objects.manifest import Place, brief, choice, refuse, section, sections, text, texts
@@ -58,6 +58,14 @@ class Selector:
     """All of its requirements must hold; without any it selects every identity."""
 
     requirements: tuple[Requirement, ...] = ()
+    _hash: int = field(default=0, init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Work the hash out once: selectors are looked up again and again."""
+        object.__setattr__(self, "_hash", hash(self.requirements))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.requirements)) or "everything"

@@ -10,7 +10,7 @@ names a service.
 
 from dataplane.objects.collect import Key, Objects
 from dataplane.objects.policies import ServiceRef
-from dataplane.policy.directory import Address, diff
+from dataplane.policy.directory import Address
 from dataplane.policy.match import holds
 from dataplane.policy.prefixes import number_of
 
@@ -29,14 +29,14 @@ class Backends:
         if not asked:
             self._slices = None
             return False
-        changed = diff(old.slices, objects.slices)
+        changed = objects.changed(old, "slices")
         if self._slices is not None:
             for key in changed:
                 for one in (old.slices.get(key), objects.slices.get(key)):
                     if one is not None:
                         keys = self._slices.setdefault((one.namespace, one.service), set())
                         (keys.add if key in objects.slices else keys.discard)(key)
-        return bool(changed or diff(old.services, objects.services))
+        return bool(changed or objects.changed(old, "services"))
 
     def addresses(self, ref: ServiceRef) -> set[Address]:
         """Return the addresses (family, value) of the endpoints of services."""

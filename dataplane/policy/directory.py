@@ -12,9 +12,8 @@ an endpoint whose Pod object is not there only the namespace is known.
 
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
-from typing import Any
 
-from dataplane.objects.collect import Objects
+from dataplane.objects.collect import Objects, diff
 from dataplane.objects.core import Node, Pod
 from dataplane.objects.policies import NUMBERS
 from dataplane.policy.kinds import (
@@ -78,8 +77,8 @@ class Directory:
         old, before = self._objects, self._local
         self._objects, self._local = objects, local
         again = self._renumber(old)
-        changed = again | diff(old.pods, objects.pods)
-        for name in diff(old.namespaces, objects.namespaces):
+        changed = again | objects.changed(old, "pods")
+        for name in objects.changed(old, "namespaces"):
             self._given.pop(name, None)
             changed |= {(name, pod) for pod in self._by_namespace.get(name, ())}
             changed |= {place for place in self._of_pod if place[0] == name}
@@ -195,7 +194,7 @@ class Directory:
 
     def _renumber(self, old: Objects) -> set[tuple[str, str]]:
         """Take the CiliumIdentity objects; return the pods that have other numbers by that."""
-        changed = diff(old.identities, self._objects.identities)
+        changed = self._objects.changed(old, "identities")
         if not changed:
             return set()
         found = self._objects.identities.values()
@@ -227,14 +226,14 @@ class Directory:
     def _read_nodes(self, old: Objects, before: LocalView) -> None:
         objects, local = self._objects, self._local
         servers = self._servers
-        if any(place[0] == API_SERVER[0] for place in diff(old.slices, objects.slices)):
+        if any(place[0] == API_SERVER[0] for place in objects.changed(old, "slices")):
             servers = frozenset(
                 number_of(endpoint.address)
                 for one in objects.slices.values()
                 if (one.namespace, one.service) == API_SERVER
                 for endpoint in one.endpoints
             )
-        changed = diff(old.nodes, objects.nodes)
+        changed = objects.changed(old, "nodes")
         same = self._started and servers == self._servers and before.node == local.node
         if not changed and same and before.addresses == local.addresses:
             if (before.clusters, before.keep_source) == (local.clusters, local.keep_source):
@@ -355,14 +354,15 @@ class Directory:
             found.append(f"{text}: policy takes it for the first; correct status.podIPs")
         if len(self._contested) > TOLD_MOST:
             found.append(f"{len(self._contested)} addresses are claimed by several in all")
-        alike = [n for n, pair in self._alike.items() if all(one.refs for one in pair)]
-        if alike:
-            found.append(
-                f"{len(alike)} identity numbers stand for several sets of labels, such as "
-                f"{alike[0]}: flows cannot tell these apart, verdicts can; CiliumIdentity objects "
-                "would give each its own"
-            )
         return found
+
+    def alike(self) -> dict[int, tuple[Labels, Labels]]:
+        """Return numbers that stand for several sets of labels, with two of these.
+
+        Flows cannot tell them apart, verdicts can: these go by address (decision 7).
+        """
+        pairs = self._alike.items()
+        return {n: (a.labels, b.labels) for n, (a, b) in pairs if a.refs and b.refs}
 
     def holder(self, address: Address) -> Holder | None:
         """Return who holds an address."""
@@ -374,13 +374,3 @@ def shown(address: Address) -> str:
     """Return an address (family, value) as people write it."""
     family, number = address
     return str(ip_address(number.to_bytes(BITS[family] // 8, "big")))
-
-
-def diff(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> set[Any]:
-    """Return the keys whose value is another object that is not equal."""
-    if old is new:
-        return set()
-    changed = {k for k, one in new.items() if (was := old.get(k)) is not one and was != one}
-    if len(old) + len(changed) > len(new):
-        changed |= old.keys() - new.keys()
-    return changed

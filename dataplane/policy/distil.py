@@ -19,6 +19,7 @@ from dataplane.policy.parts import Hold, Part, Parts
 from dataplane.policy.rows import Chains, Draft, Key, Row
 from dataplane.policy.subjects import Subjects, Wanted
 
+Concerned = dict[Row, set[Group]]  # rows -> groups whose chains may be others now
 FIX = "write fewer rules or ports, or select peers more alike"
 
 
@@ -32,7 +33,7 @@ class Turn:
     drafts: dict[Row, Draft] = field(default_factory=dict)
     assign: dict[int, Row | None] = field(default_factory=dict)
     closed: set[int] = field(default_factory=set)
-    concerned: dict[Row, set[Group]] = field(default_factory=dict)  # by what became of groups
+    concerned: tuple[Concerned, Concerned] = field(default_factory=lambda: ({}, {}))
     gone: set[Group] = field(default_factory=set)
 
     def now(self, of_port: dict[int, Row | None]) -> dict[int, Row | None]:
@@ -118,42 +119,61 @@ class Distiller:
 
     def _unregister(self, row: Row, parts: Iterable[Part]) -> None:
         """Have groups that change find a row no more by parts that it has not."""
-        names = {port for part in row.index.parts for port in part.named}
+        names: set[NamedPort] = set()
         for part in parts:
             for selected in part.peers or ():
-                if selected.id not in row.index.by_selected:
+                if not row.index.asks(selected.id):
                     selected.rows.discard(row)
-            for port in part.named - names:
-                self._named[port].discard(row)
+            names |= part.named
+        if names:
+            names -= {port for part in row.index.parts for port in part.named}
+        for port in names:
+            self._named[port].discard(row)
 
     # --- chains -----------------------------------------------------------------------------------
 
     def distil(self, turn: Turn, regrouped: Regrouped) -> None:
         """Make the chains of everything that changed. Groups have their numbers by now."""
         turn.gone = set(regrouped.gone)
-        concerned = turn.concerned
         for group in regrouped.fresh:
-            for row in self._asking(group.selected):
-                concerned.setdefault(row, set()).add(group)
+            self._concern(turn, group, group.selected)
         for group, added, removed in regrouped.changed:
-            for row in self._asking(added | removed):
-                concerned.setdefault(row, set()).add(group)
+            self._concern(turn, group, added | removed)
         for group in regrouped.gone:
-            for row in group.rows:
-                concerned.setdefault(row, set()).add(group)
+            for concerned in turn.concerned:
+                for row in group.rows:
+                    concerned.setdefault(row, set()).add(group)
         for row, draft in turn.drafts.items():
             changed = (*draft.added, *draft.removed)
-            groups = concerned.get(row, set()) | self._groups_of(changed)
-            if draft.base is not None:
-                groups |= concerned.get(draft.base, set())
-            self._make(turn, draft, groups)
+            for direction, concerned in enumerate(turn.concerned):
+                groups = self._groups_of(part for part in changed if part.direction == direction)
+                groups |= concerned.get(row, set())
+                if draft.base is not None:
+                    groups |= concerned.get(draft.base, set())
+                self._make(turn, draft, direction, groups)
             if any(part.peers is None for part in changed):
                 for direction, made in enumerate(self._chains.of_any(draft.index)):
                     draft.set((direction, None), made)
-        for row, groups in concerned.items():
+        for row in turn.concerned[0].keys() | turn.concerned[1].keys():
             if row not in turn.drafts and row.stands:  # else its draft was given up
-                turn.drafts[row] = Draft(row)
-                self._make(turn, turn.drafts[row], groups)
+                turn.drafts[row] = self._follow(turn, row)
+
+    def _follow(self, turn: Turn, row: Row) -> Draft:
+        """Make the draft of a row whose parts stay, for the groups of now."""
+        draft = Draft(row)
+        for direction, concerned in enumerate(turn.concerned):
+            self._make(turn, draft, direction, concerned.get(row, ()))
+        return draft
+
+    def _concern(self, turn: Turn, group: Group, selected: frozenset[int]) -> None:
+        """Note which rows have something to say of a group by these selectors."""
+        for row in self._asking(selected):
+            indexes = [row.index]
+            if row in turn.drafts:
+                indexes.append(turn.drafts[row].index)
+            for direction, concerned in enumerate(turn.concerned):
+                if any(index.asks_any(direction, selected) for index in indexes):
+                    concerned.setdefault(row, set()).add(group)
 
     def _asking(self, selected: Iterable[int]) -> set[Row]:
         """Return the rows that ask for some of these selectors."""
@@ -181,12 +201,11 @@ class Distiller:
                 found |= selected.groups
         return found
 
-    def _make(self, turn: Turn, draft: Draft, groups: Iterable[Group]) -> None:
+    def _make(self, turn: Turn, draft: Draft, direction: int, groups: Iterable[Group]) -> None:
+        index, make, gone = draft.index, self._chains.of_group, turn.gone
         for group in groups:
-            gone = group in turn.gone
-            ingress, egress = (None, None) if gone else self._chains.of_group(draft.index, group)
-            draft.set((0, group), ingress)
-            draft.set((1, group), egress)
+            made = None if group in gone else make(index, direction, group)
+            draft.set((direction, group), made)
 
     # --- limits -----------------------------------------------------------------------------------
 
@@ -212,8 +231,7 @@ class Distiller:
         if not row.stands:
             turn.closed |= ports - self.of_port.keys()
         elif draft.key != row.key:  # go on as before, with the groups of now
-            again = turn.drafts[row] = Draft(row)
-            self._make(turn, again, turn.concerned.get(row, ()))
+            again = turn.drafts[row] = self._follow(turn, row)
             if again.count > self._entries_max:
                 del turn.drafts[row]
                 turn.closed |= row.ports

@@ -11,6 +11,7 @@ its predecessor left in the tables (adopt.py), and begins anew in the same way a
 nobody expected.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from dataplane.tables.policies import CLOSED, OPEN, PolicyWriter
 from xdp.abi import value
 
 RETRY_S = 5.0  # what was refused is tried again so often, if something changed
+FREEZE = 20_000  # objects from which on the garbage collector is kept away from them
 TOLD_MOST = 10  # pods whose refusal is told one by one
 HOST_IDENTITY = value("IDENTITY_HOST")
 
@@ -85,11 +87,17 @@ class PolicyEngine:
             return [f"no Node {local.node!r} among the objects: policies stay as they are"]
         if objects is self._objects and local == self._local and not self._first:
             return self._problems
+        collecting = self._first and gc.isenabled()
+        if collecting:  # a third of the time goes to looking for garbage that is not there
+            gc.disable()
         try:
             self._update(objects, local)
         except Exception:
             self._reset()  # the tables are as good as they were; the next turn works it all out
             raise
+        finally:
+            if collecting:
+                gc.enable()
         return self._problems
 
     def _update(self, objects: Objects, local: LocalView) -> None:
@@ -98,7 +106,7 @@ class PolicyEngine:
         ports = self.directory.update(objects, local)
         for port in ports:
             self.subjects.set_endpoint(port, self.directory.holders.get(port))
-        ports |= self.subjects.set_policies(objects.policies)
+        ports |= self.subjects.set_policies(objects)
         selection = self.partition.selection
         if self.backends.update(objects, bool(selection.services)):
             for selected in selection.services:
@@ -111,6 +119,8 @@ class PolicyEngine:
             changed |= self._set_host(host_before, local.host_port)
             if self._purge() or changed:
                 self._writer.rejudge()
+        if self._first and len(self.parts) + len(self.partition.members) > FREEZE:
+            gc.freeze()  # these stay: a full collection would stop the agent for a second
         self._first = False
         self._problems = self._say()
 

@@ -2,16 +2,17 @@
 
 Rule: an index only narrows down; holds() decides.
 
-Theory. A selector is filed under one thing that it needs: a label value, or a label's presence. So
-a new set of labels meets few of 100 k selectors, and a new selector few of 10 k sets (those in the
-smallest set among its label values). Of a pod whose object is not there yet most labels are not
-known: `certain` is what holds whatever they are, `possible` what may hold.
+Theory. A selector is filed under one thing that it needs, a label value or a label's presence: the
+one that fewest others need. So a new set of labels meets few of 100 k selectors, and a new selector
+few of 10 k sets (those in the smallest set among its label values). Of a pod whose object is not
+there yet most labels are not known: `certain` is what holds whatever they are, `possible` what may
+hold.
 """
 
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
-from dataplane.objects.selectors import EXISTS, IN, NAMESPACE, NAMESPACE_LABELS, NOT_IN, Selector
+from dataplane.objects.selectors import EXISTS, IN, NAMESPACE, NOT_IN, Selector
 from dataplane.policy.labels import Labels, is_unknown
 
 T = TypeVar("T")
@@ -60,34 +61,38 @@ class SelectorIndex(Generic[T]):
         self._keys: dict[str, set[T]] = {}
         self._rest: set[T] = set()
         self._namespaces: dict[str | None, set[T]] = {}
+        self._filed: dict[T, list[set[T]]] = {}
 
-    def _places(self, selector: Selector, thing: T) -> Iterator[set[T]]:
-        """Yield the sets that hold a thing of this selector, made where they are missing."""
+    def _places(self, selector: Selector) -> Iterator[set[T]]:
+        """Yield the sets that a thing of this selector belongs into, the emptiest that do."""
         namespace = None
-        best = None
+        best: list[set[T]] = [self._rest]
+        least = None
         for one in selector.requirements:
-            if one.operator == IN and one.key == NAMESPACE and len(one.values) == 1:
-                namespace = one.values[0]
-            rank = _rank(one.key, one.operator)
-            if best is None or rank < best[0]:
-                best = rank, one
+            found: list[set[T]]
+            if one.operator == IN:
+                if one.key == NAMESPACE and len(one.values) == 1:
+                    namespace = one.values[0]
+                found = [self._pairs.setdefault((one.key, v), set()) for v in one.values]
+            elif one.operator == EXISTS:
+                found = [self._keys.setdefault(one.key, set())]
+            else:
+                continue
+            count = sum(map(len, found)), one.operator == EXISTS
+            if least is None or count < least:
+                best, least = found, count
         yield self._namespaces.setdefault(namespace, set())
-        if best is None or best[1].operator not in (IN, EXISTS):
-            yield self._rest
-        elif best[1].operator == EXISTS:
-            yield self._keys.setdefault(best[1].key, set())
-        else:
-            for value in best[1].values:
-                yield self._pairs.setdefault((best[1].key, value), set())
+        yield from best
 
     def add(self, selector: Selector, thing: T) -> None:
         """File a thing."""
-        for place in self._places(selector, thing):
+        places = self._filed[thing] = list(self._places(selector))
+        for place in places:
             place.add(thing)
 
-    def remove(self, selector: Selector, thing: T) -> None:
+    def remove(self, thing: T) -> None:
         """Take a thing out."""
-        for place in self._places(selector, thing):
+        for place in self._filed.pop(thing):
             place.discard(thing)
 
     def candidates(self, labels: Labels) -> Iterator[T]:
@@ -103,13 +108,6 @@ class SelectorIndex(Generic[T]):
         """Yield things whose selector may fit an unknown pod."""
         yield from self._namespaces.get(None, ())
         yield from self._namespaces.get(labels.get(NAMESPACE), ()) if NAMESPACE in labels else ()
-
-
-def _rank(key: str, operator: str) -> int:
-    """How much a requirement narrows down; less is better."""
-    if operator == IN:
-        return 0 if key != NAMESPACE and not key.startswith(NAMESPACE_LABELS) else 1
-    return 2 if operator == EXISTS else 3
 
 
 class LabelIndex(Generic[T]):

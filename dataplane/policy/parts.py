@@ -12,6 +12,7 @@ rest, "default deny by these policies", is a part without codes.
 
 import hashlib
 import heapq
+import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,19 @@ DENY_ONLY = 1  # it may not select the subject after all: its labels are not kno
 ALLOW_ONLY = 2  # it is audited, and others are enforced
 
 
+def _about(policy: Policy, spec: Spec) -> str:
+    """Return what all rules of a spec are about: members of a JSON object."""
+    about: dict[str, Any] = {
+        "kind": policy.kind,
+        "namespace": policy.namespace,
+        "name": policy.name,
+    }
+    for key, one in (("spec", spec.number), ("description", spec.description), ("log", spec.log)):
+        if one:
+            about[key] = one
+    return json.dumps(about)[1:-1]
+
+
 class Hold:
     """A unit as it holds for subjects. numbers: of the named ports that its rules ask for.
 
@@ -58,16 +72,9 @@ class Unit:
     """A spec of a policy, with the identities of this node's pods that it selects."""
 
     __slots__ = (
-        "_holds",
-        "audit",
-        "denies",
-        "isolates",
-        "mark",
-        "names",
-        "policy",
-        "spec",
-        "subjects",
-    )
+        "_holds", "about", "audit", "denies", "isolates", "key", "mark", "names", "policy",
+        "spec", "subjects",
+    )  # fmt: skip
 
     def __init__(self, policy: Policy, spec: Spec) -> None:
         self.policy, self.spec = policy, spec
@@ -75,8 +82,10 @@ class Unit:
         self._holds: dict[tuple[int, Numbers], Hold] = {}
         self.isolates, self.audit = spec.isolates, policy.audit
         self.denies = any(spec.isolates) or any(rule.deny for rule in spec.rules)
-        text = f"{policy.kind}\n{policy.namespace}\n{policy.name}".encode()
-        self.mark = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "big")
+        text = f"{policy.kind}\n{policy.namespace}\n{policy.name}"
+        self.mark = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big")
+        self.key = f"{text}\n{spec.number}"
+        self.about = _about(policy, spec)
         self.names = frozenset(
             (port.protocol, port.name)
             for rule in spec.rules
@@ -97,7 +106,8 @@ class Part:
     """One rule. peers None: any; named: ports whose numbers the peers say."""
 
     __slots__ = (
-        "alive", "chain", "codes", "direction", "id", "key", "named", "peers", "refs", "verdict",
+        "alive", "chain", "codes", "direction", "id", "key", "named", "origin", "peers", "refs",
+        "verdict",
     )  # fmt: skip
 
     def __init__(
@@ -113,6 +123,7 @@ class Part:
         self.key, self.id, self.direction, self.peers = key, number, direction, peers
         self.codes, self.named, self.verdict = some, named, verdict
         self.refs, self.alive = 0, True
+        self.origin: Rule | None = None
         self.chain: Chain | None = chain([(some, verdict)]) if some else None
 
     @property
@@ -153,7 +164,7 @@ class Parts:
         if living is not None:
             return living
         about = {"kind": "Node", "direction": "ingress", "description": "own node is let in"}
-        verdict = word(False, 0, False, self._book.number(("own node",), about))
+        verdict = word(False, 0, False, self._book.number("own node", json.dumps(about)))
         peers = (self._selection.use(Labelled(HOST_SELECTOR)),)
         some = tuple(everything(INGRESS))
         return self._live(Part("host", self._id(), INGRESS, peers, some, frozenset(), verdict))
@@ -166,7 +177,7 @@ class Parts:
         mixed = 0
         for mark in {unit.mark for unit in units}:
             mixed ^= mark
-        key = ("default deny", DIRECTIONS[direction], f"{mixed:x}")
+        key = f"default deny\n{DIRECTIONS[direction]}\n{mixed:x}"
         living = self._living.get((key, answer, log))
         if living is not None:
             return living
@@ -176,19 +187,24 @@ class Parts:
         return self._live(Part(place, self._id(), direction, None, (), frozenset(), verdict))
 
     def _part(self, unit: Unit, rule: Rule, numbers: Numbers) -> Part:
-        policy, spec = unit.policy, unit.spec
+        policy, log = unit.policy, bool(unit.spec.log)
         mine: Numbers = ()
-        if rule.direction == INGRESS:
+        if numbers and rule.direction == INGRESS:
             names = {(port.protocol, port.name) for port in rule.ports or () if port.name}
             mine = tuple(one for one in numbers if one[0] in names)
-        name = (policy.kind, policy.namespace, policy.name, spec.number)
         answer = ANSWERS[policy.response or self._options.deny_response]
-        place = (name, rule, mine, answer, bool(spec.log))
-        number = self._book.number((*name, rule.section, rule.index), _about(policy, spec, rule))
+        number = self._book.number(
+            f"{unit.key}\n{rule.section}\n{rule.index}",
+            f'{{{unit.about}, "direction": "{DIRECTIONS[rule.direction]}", '
+            f'"section": "{rule.section}", "index": {rule.index}}}',
+        )
+        place = number, mine, answer, log
         living = self._living.get(place)
         if living is not None:
-            return living
-        verdict = word(rule.deny, answer, bool(spec.log), number)
+            if living.origin is rule or living.origin == rule:
+                return living
+            del self._living[place]  # the rule is another one now; rows that have it go on with it
+        verdict = word(rule.deny, answer, log, number)
         peers = None
         if rule.peers is not None:
             used = dict.fromkeys(_what(peer, rule.deny) for peer in rule.peers)
@@ -196,7 +212,9 @@ class Parts:
         some, named = _ports(rule, dict(mine))
         for port in named:
             self._selection.use_name(port)
-        return self._live(Part(place, self._id(), rule.direction, peers, some, named, verdict))
+        part = Part(place, self._id(), rule.direction, peers, some, named, verdict)
+        part.origin = rule
+        return self._live(part)
 
     def _id(self) -> int:
         self._ids += 1
@@ -224,7 +242,8 @@ class Parts:
         self._unused.clear()
         for part in gone:
             part.alive = False
-            del self._living[part.key]
+            if self._living.get(part.key) is part:
+                del self._living[part.key]
             for selected in part.peers or ():
                 self._selection.unuse(selected)
             for port in part.named:
@@ -273,7 +292,7 @@ def resolved(part: Part, numbers: Mapping[NamedPort, list[int]]) -> list[int]:
     ]
 
 
-def _about_rest(direction: int, units: Sequence[Unit]) -> dict[str, Any]:
+def _about_rest(direction: int, units: Sequence[Unit]) -> str:
     names = {(unit.policy.kind, unit.policy.namespace, unit.policy.name) for unit in units}
     about: dict[str, Any] = {"kind": "default deny", "direction": DIRECTIONS[direction]}
     about["policies"] = [
@@ -284,19 +303,4 @@ def _about_rest(direction: int, units: Sequence[Unit]) -> dict[str, Any]:
         about["more"] = len(names) - POLICIES_NAMED
     if not names:
         about["description"] = "policy.enforcement is always"
-    return about
-
-
-def _about(policy: Policy, spec: Spec, rule: Rule) -> dict[str, Any]:
-    about: dict[str, Any] = {
-        "kind": policy.kind,
-        "namespace": policy.namespace,
-        "name": policy.name,
-        "direction": DIRECTIONS[rule.direction],
-        "section": rule.section,
-        "index": rule.index,
-    }
-    for key, one in (("spec", spec.number), ("description", spec.description), ("log", spec.log)):
-        if one:
-            about[key] = one
-    return about
+    return json.dumps(about)

@@ -12,7 +12,7 @@ chain is made of parts, so it is cached by them, across rows.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dataplane.objects.policies import INGRESS
+from dataplane.objects.policies import EGRESS, INGRESS
 from dataplane.policy.chains import ALLOW, Chain, chain
 from dataplane.policy.kinds import Group, NamedPort
 from dataplane.policy.parts import Hold, Part, resolved
@@ -22,31 +22,36 @@ AUDIT = CONST["POLICY_AUDIT"]
 CHAINS_KEPT = 1 << 18
 Place = tuple[int, Group | None]  # direction, group; None: any peer
 Key = frozenset[Hold]
+Asked = dict[int, tuple[Part, ...]]  # selector -> parts
 
 
 class Index:
     """Parts by the selectors that they ask for; copied before it is changed."""
 
-    __slots__ = ("by_selected", "named", "parts", "wild")
+    __slots__ = ("by_selected", "named", "naming", "parts", "wild")
 
     def __init__(self) -> None:
         self.parts: set[Part] = set()
-        self.by_selected: dict[int, tuple[Part, ...]] = {}
+        self.by_selected: tuple[Asked, Asked] = ({}, {})  # by direction
         self.wild: set[Part] = set()  # of any peer
         self.named: set[Part] = set()  # of any peer, with named ports: of groups that have these
+        self.naming = 0  # parts with named ports in all; these are of egress
 
     def copy(self) -> "Index":
         """Return another with the same parts."""
         made = Index()
-        made.parts, made.by_selected = set(self.parts), dict(self.by_selected)
-        made.wild, made.named = set(self.wild), set(self.named)
+        made.parts, made.wild, made.named = set(self.parts), set(self.wild), set(self.named)
+        made.naming = self.naming
+        made.by_selected = dict(self.by_selected[0]), dict(self.by_selected[1])
         return made
 
     def add(self, part: Part) -> None:
         """Take a part in."""
         self.parts.add(part)
+        self.naming += bool(part.named)
+        asked = self.by_selected[part.direction]
         for selected in part.peers or ():
-            self.by_selected[selected.id] = (*self.by_selected.get(selected.id, ()), part)
+            asked[selected.id] = (*asked.get(selected.id, ()), part)
         if part.peers is None:
             if part.codes:
                 self.wild.add(part)
@@ -56,28 +61,35 @@ class Index:
     def remove(self, part: Part) -> None:
         """Take a part out."""
         self.parts.discard(part)
+        self.naming -= bool(part.named)
+        asked = self.by_selected[part.direction]
         for selected in part.peers or ():
-            left = tuple(one for one in self.by_selected[selected.id] if one is not part)
+            left = tuple(one for one in asked[selected.id] if one is not part)
             if left:
-                self.by_selected[selected.id] = left
+                asked[selected.id] = left
             else:
-                del self.by_selected[selected.id]
+                del asked[selected.id]
         self.wild.discard(part)
         self.named.discard(part)
 
-    def fitting(self, group: Group) -> set[Part]:
-        """Return the parts that ask for some selector that fits a group."""
-        mine = self.by_selected
-        found: set[Part] = set()
-        if len(mine) < len(group.selected):
-            for number, parts in mine.items():
-                if number in group.selected:
-                    found.update(parts)
+    def asks(self, selected: int) -> bool:
+        """Return whether a part asks for a selector."""
+        return selected in self.by_selected[0] or selected in self.by_selected[1]
+
+    def asks_any(self, direction: int, selected: frozenset[int]) -> bool:
+        """Return whether a part of a direction may ask for one of some selectors."""
+        if direction == EGRESS and self.naming:
+            return True
+        return not self.by_selected[direction].keys().isdisjoint(selected)
+
+    def fitting(self, direction: int, group: Group) -> list[Part]:
+        """Return the parts of a direction that ask for some selector that fits a group."""
+        asked, selected = self.by_selected[direction], group.selected
+        if len(asked) < len(selected):
+            found = [part for number in asked if number in selected for part in asked[number]]
         else:
-            for number in group.selected:
-                if number in mine:
-                    found.update(mine[number])
-        return found
+            found = [part for number in selected if number in asked for part in asked[number]]
+        return found if len(found) < 2 else list(dict.fromkeys(found))
 
 
 class Row:
@@ -112,14 +124,13 @@ class Chains:
     def __init__(self) -> None:
         self._made: dict[Any, Chain | None] = {}
 
-    def of_group(self, index: Index, group: Group) -> tuple[Chain | None, Chain | None]:
-        """Return the chains of a group, by direction."""
-        by_direction: tuple[list[Part], list[Part]] = ([], [])
-        for part in index.fitting(group):
-            by_direction[part.direction].append(part)
+    def of_group(self, index: Index, direction: int, group: Group) -> Chain | None:
+        """Return the chain of a group."""
+        parts = index.fitting(direction, group)
+        if direction == INGRESS or not index.named:
+            return self._chain(parts, (), group)
         alone = [part for part in index.named if any(group.numbers(name) for name in part.named)]
-        ingress = self._chain(by_direction[0], (), group)
-        return ingress, self._chain(by_direction[1], alone, group)
+        return self._chain(parts, alone, group)
 
     def of_any(self, index: Index) -> tuple[Chain | None, Chain | None]:
         """Return the chains of any peer, by direction."""
@@ -129,14 +140,15 @@ class Chains:
 
     def _chain(self, parts: list[Part], alone: Iterable[Part], group: Group | None) -> Chain | None:
         """Make one. alone: parts of which only the named ports count here."""
+        if not alone and len(parts) < 2:
+            if not parts:
+                return None
+            if not parts[0].named:
+                return parts[0].chain
         names: set[NamedPort] = set()
         if group is not None:
             for part in (*parts, *alone):
                 names |= part.named
-        if not names and len(parts) == 1:
-            return parts[0].chain
-        if not parts and not names:
-            return None
         numbers = {name: group.numbers(name) for name in names} if group else {}
         ids = tuple(sorted(part.id for part in parts))
         if numbers:

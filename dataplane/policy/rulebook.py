@@ -14,7 +14,7 @@ KEPT of them, because flows still name them; older ones are given out again.
 import json
 import sqlite3
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ _WRITE = """insert into rules (number, key, about) values (?, ?, ?)
 
 
 class Rulebook:
-    """Rule -> number -> attribution. Keys are tuples of strings and numbers."""
+    """Rule -> number -> attribution. Keys are any text."""
 
     def __init__(self, path: Path, kept: int = KEPT) -> None:
         """Open or make the file; one that is damaged is made anew."""
@@ -60,19 +60,18 @@ class Rulebook:
     def __len__(self) -> int:
         return len(self._numbers) - len(self._gone)
 
-    def number(self, key: tuple[str | int, ...], about: Mapping[str, Any]) -> int:
-        """Return the number of a rule. Raises OverflowError when there are 16 M of them."""
-        name, text = json.dumps(key), json.dumps(about)
-        number = self._numbers.get(name)
+    def number(self, key: str, about: str) -> int:
+        """Return the number of a rule; about: JSON. Raises OverflowError beyond 16 M of them."""
+        number = self._numbers.get(key)
         if number is None:
-            number = self._numbers[name] = self._take()
-            self._keys[number] = name
+            number = self._numbers[key] = self._take()
+            self._keys[number] = key
         elif number in self._gone:
             del self._gone[number]
             self._orders[number] = 0
-        if self._abouts.get(number) != hash(text):
-            self._abouts[number] = hash(text)
-            self._texts[number] = text
+        if self._abouts.get(number) != hash(about):
+            self._abouts[number] = hash(about)
+            self._texts[number] = about
         return number
 
     def _take(self) -> int:

@@ -183,7 +183,7 @@ class Selection:
                 one.hash ^= selected.weight
                 self._dirty |= one.kinds
             if isinstance(what, Labelled):
-                self._by_labels.remove(what.selector, selected)
+                self._by_labels.remove(selected)
             else:
                 self.numbered[what.port].discard(selected)
         del self.selected[what], self.by_id[selected.id]

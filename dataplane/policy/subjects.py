@@ -9,13 +9,12 @@ gets none of their allowances. Audit is a matter of the whole pod (struct policy
 audit that stands beside an enforced one gives its allowances and denies nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dataplane.objects.collect import PolicyKey
+from dataplane.objects.collect import Objects, PolicyKey
 from dataplane.objects.policies import EGRESS, INGRESS, Policy
 from dataplane.objects.selectors import NAMESPACE
-from dataplane.policy.directory import diff
 from dataplane.policy.kinds import Holder, Identity
 from dataplane.policy.match import SelectorIndex, certain, holds, possible
 from dataplane.policy.options import PolicyOptions
@@ -49,7 +48,7 @@ class Subjects:
     def __init__(self, options: PolicyOptions) -> None:
         """No policies, no pods."""
         self._options = options
-        self._policies: Mapping[PolicyKey, Policy] = {}
+        self._objects = Objects()
         self._units: dict[PolicyKey, tuple[Unit, ...]] = {}
         self._index: SelectorIndex[Unit] = SelectorIndex()
         self._subjects: dict[Identity, _Subject] = {}
@@ -106,18 +105,18 @@ class Subjects:
         unit.subjects.add(identity)
         return True
 
-    def set_policies(self, policies: Mapping[PolicyKey, Policy]) -> set[int]:
+    def set_policies(self, objects: Objects) -> set[int]:
         """Take the policies; return the ports of pods that other ones select now."""
         affected: set[int] = set()
-        for key in diff(self._policies, policies):
+        for key in objects.changed(self._objects, "policies"):
             for unit in self._units.pop(key, ()):
-                self._index.remove(unit.spec.subject, unit)
+                self._index.remove(unit)
                 for identity in unit.subjects:
                     subject = self._subjects[identity]
                     subject.certain.discard(unit)
                     subject.possible.discard(unit)
                     affected |= subject.ports
-            policy = policies.get(key)
+            policy = objects.policies.get(key)
             if policy is None:
                 continue
             units = self._units[key] = tuple(Unit(policy, spec) for spec in policy.specs)
@@ -126,7 +125,7 @@ class Subjects:
                 for identity in list(self._nearby(policy)):
                     if self._select(unit, identity, self._subjects[identity]):
                         affected |= self._subjects[identity].ports
-        self._policies = policies
+        self._objects = objects
         return affected
 
     def _nearby(self, policy: Policy) -> Iterable[Identity]:
