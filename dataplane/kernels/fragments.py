@@ -4,7 +4,8 @@ Rule: a later fragment goes the way of its datagram's first one, or waits for it
 
 Theory. Only the first fragment has ports, and policies and NAT need them (RFC 2663 calls virtual
 reassembly what we do: nothing is put together). The first one leaves its ports in a small table
-under (source, target, identification, protocol); later ones take them from there. One that comes
+under (source, target, identification, and for IPv4 protocol: RFC 791 3.2, RFC 8200 4.5); later ones
+take them from there, and the protocol, which IPv6 options may hide from them. One that comes
 before the first is held: its frame stays with the engine until the first one arrives, at most
 HOLD_NS, and HELD_MAX of them a worker. Fragments of one datagram have one hash (parse.py) and so
 one worker.
@@ -52,7 +53,7 @@ KNOWN = np.dtype(
         ("seen_ns", "i8"),
     ]
 )
-"""A first fragment. kind: protocol << 8 | family; ports: source << 16 | target."""
+"""A first fragment. kind: as `_kind`; ports: protocol << 32 | source << 16 | target."""
 
 WAITING = np.dtype(
     [
@@ -82,9 +83,15 @@ def make_fragments() -> Fragments:
 
 
 @inline
+def _kind(b, i):
+    """What tells datagrams of one identification apart: the family, and for IPv4 the protocol."""
+    return (b.protocol[i] << 8) | KIND_IP4 if b.kind[i] == KIND_IP4 else KIND_IP6
+
+
+@inline
 def _first_of(b, i):
     """First slot of the set of packet i's datagram."""
-    word = np.uint64((b.fragment[i] << 16) | b.protocol[i])
+    word = np.uint64((b.fragment[i] << 16) | _kind(b, i))
     hashed = mix(b.source_hi[i], b.source_lo[i], b.target_hi[i], b.target_lo[i], word)
     return np.int64(hashed & SETS_MASK) * WAYS
 
@@ -98,7 +105,7 @@ def _is_of(b, i, row):
         and row.source_hi == b.source_hi[i]
         and row.target_hi == b.target_hi[i]
         and row.identification == b.fragment[i]
-        and row.kind == ((b.protocol[i] << 8) | b.kind[i])
+        and row.kind == _kind(b, i)
     )
 
 
@@ -119,8 +126,9 @@ def _remember(b, f, i):
     f.known[at].target_hi = b.target_hi[i]
     f.known[at].target_lo = b.target_lo[i]
     f.known[at].identification = b.fragment[i]
-    f.known[at].kind = (b.protocol[i] << 8) | b.kind[i]
-    f.known[at].ports = (b.source_port[i] << 16) | b.target_port[i]
+    f.known[at].kind = _kind(b, i)
+    ports = (b.source_port[i] << 16) | b.target_port[i]
+    f.known[at].ports = (b.protocol[i] << 32) | ports
     f.known[at].seen_ns = now
     if f.waiting_count[0]:
         for n in range(HELD_MAX):
@@ -130,7 +138,7 @@ def _remember(b, f, i):
 
 @inline
 def _ports_of(b, f, i):
-    """Ports of packet i's datagram, -1: its first fragment has not been seen."""
+    """Protocol and ports of packet i's datagram, -1: its first fragment has not been seen."""
     first = _first_of(b, i)
     for n in range(first, first + WAYS):
         if _is_of(b, i, f.known[n]) and b.now_ns[0] - f.known[n].seen_ns < KEEP_NS:
@@ -155,7 +163,7 @@ def _hold(b, f, i, counters):
     f.waiting[at].target_hi = b.target_hi[i]
     f.waiting[at].target_lo = b.target_lo[i]
     f.waiting[at].identification = b.fragment[i]
-    f.waiting[at].kind = (b.protocol[i] << 8) | b.kind[i]
+    f.waiting[at].kind = _kind(b, i)
     f.waiting[at].since_ns = b.now_ns[0]
     f.waiting[at].address = b.address[i]
     f.waiting[at].frame = b.frame[i]
@@ -185,6 +193,7 @@ def fragments(b, f, k):
         if ports < 0:
             _hold(b, f, i, k.counters)
             continue
-        b.source_port[i] = ports >> 16
+        b.protocol[i] = ports >> 32
+        b.source_port[i] = (ports >> 16) & 0xFFFF
         b.target_port[i] = ports & 0xFFFF
-        b.word[i] = tuple_word(ports >> 16, ports & 0xFFFF, b.protocol[i], b.kind[i])
+        b.word[i] = tuple_word(b.source_port[i], b.target_port[i], b.protocol[i], b.kind[i])
