@@ -182,7 +182,11 @@ def _hold(b, f, i, counters):
 def fragments(b, f, k):
     """Give later fragments the ports of their first. f: Fragments; k: Tracker, for its counters."""
     for i in range(b.count[0]):
-        if b.verdict[i] != VERDICT_PENDING or not b.flags[i] & FLAG_FRAGMENT:
+        if b.verdict[i] != VERDICT_PENDING:
+            if b.reason[i] == NOT_FOUND:  # `receive` has given it up
+                k.counters[0].fragments_lost += np.uint64(1)
+            continue
+        if not b.flags[i] & FLAG_FRAGMENT:
             continue
         if b.kind[i] != KIND_IP4 and b.kind[i] != KIND_IP6:
             continue
