@@ -420,12 +420,12 @@ def _relate_addresses(b, i, record, way):
 
 @inline
 def _look_again(b, t, k, i):
-    """Find packet i's connection, which an earlier packet of the vector may have made."""
+    """Find packet i's connection, which an earlier packet of the vector may have made or ended."""
     found = find(
         t.connection_index.address, t.connections.address, k.words[MASK],
         b.source_hi[i], b.source_lo[i], b.target_hi[i], b.target_lo[i], b.word[i], b.hashes[i],
     )  # fmt: skip
-    b.connection[i] = found >> 1
+    b.connection[i] = found >> 1  # -1 >> 1 is -1
     b.way[i] = found & 1
 
 
@@ -434,8 +434,7 @@ def _one(b, t, k, i):
     if b.flags[i] & FLAG_ICMP_ERROR:
         _relate(b, t, k, i)
         return
-    if b.connection[i] < 0:
-        _look_again(b, t, k, i)
+    _look_again(b, t, k, i)
     number = b.connection[i]
     if number >= 0:
         record = t.connections.address + number * RECORD
