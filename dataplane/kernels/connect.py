@@ -388,6 +388,9 @@ def _relate(b, t, k, i):
         return
     number, way = found >> 1, found & 1
     record = t.connections.address + number * RECORD
+    if not _comes_back(b, t, i, record + way * LINE):
+        drop(b, i, CT_INVALID)
+        return
     if t.connections[number].generation != k.words[JUDGEMENT] and not _judge_again(t, k, number):
         drop(b, i, CT_INVALID)
         return
@@ -402,14 +405,31 @@ def _relate(b, t, k, i):
 
 
 @inline
+def _comes_back(b, t, i, mine):
+    """Whether an error goes to who has sent what it quotes; mine: tuple of its direction.
+
+    Else a quote of one's own connection would open the way to everybody. A pod is no router: it
+    speaks only of what it has received itself.
+    """
+    to_hi, to_lo = np.uint64(load64(mine + 16)), np.uint64(load64(mine + 24))
+    if to_hi != b.target_hi[i] or to_lo != b.target_lo[i]:
+        return False
+    return t.ports[b.ingress[i]].kind != PORT_POD or _is_from(b, i, mine)
+
+
+@inline
+def _is_from(b, i, mine):
+    """Whether packet i comes from the source of a tuple."""
+    hi, lo = np.uint64(load64(mine)), np.uint64(load64(mine + 8))
+    return hi == b.source_hi[i] and lo == b.source_lo[i]
+
+
+@inline
 def _relate_addresses(b, i, record, way):
     """The outer addresses of an error become those of the connection's other side."""
     mine, other = record + way * LINE, record + (1 - way) * LINE
     b.nat_source_hi[i], b.nat_source_lo[i] = b.source_hi[i], b.source_lo[i]
-    own = (
-        np.uint64(load64(mine)) == b.source_hi[i] and np.uint64(load64(mine + 8)) == b.source_lo[i]
-    )
-    if own:  # from the end itself; a router between keeps its name
+    if _is_from(b, i, mine):  # from the end itself; a router between keeps its name
         b.nat_source_hi[i] = np.uint64(load64(other + 16))
         b.nat_source_lo[i] = np.uint64(load64(other + 24))
     b.nat_target_hi[i] = np.uint64(load64(other))

@@ -5,8 +5,8 @@ Rule: an error passes only when the packet that it quotes belongs to a connectio
 Theory. RFC 792 and RFC 4443 quote the packet as its sender of the error saw it: after translation.
 An error travels against that packet, so the connection's direction is that of the quoted tuple
 turned round. Eight bytes of transport header are always there (RFC 792), and hold the ports. Errors
-need no rule of their own and keep nothing alive (RFC 5508 3.2); nobody may quote what does not
-exist.
+need no rule of their own and keep nothing alive (RFC 5508 3.2); so nobody may quote what does not
+exist, or send an error to another than the sender of what it quotes (`connect` sees to that).
 """
 
 import numpy as np
