@@ -13,8 +13,8 @@ import numpy as np
 
 from dataplane.kernels import wire
 from dataplane.kernels.batch import KIND_IP4
-from dataplane.kernels.connections import MASK, find
-from dataplane.kernels.house import inline, load8, load16be, load32be, load64be
+from dataplane.kernels.connections import CLAIMED, LINE, MASK, OWNER, find, same_tuple
+from dataplane.kernels.house import inline, load8, load16be, load32_acquire, load32be, load64be
 from dataplane.kernels.parse import mix, query_ports, tuple_word
 
 CHAIN_MOST = 4  # extension headers of a quoted IPv6 packet
@@ -77,13 +77,8 @@ def quoted_ports(protocol, at):
 
 
 @inline
-def find_related(b, t, k, i):
-    """Record << 1 | way of the connection that the ICMP error i is about, -1: none."""
-    kind = b.kind[i]
-    at = b.address[i] + b.l4[i] + wire.ICMP_LENGTH
-    where = quoted_transport(kind, at, quoted_room(b, i))
-    if where < 0:
-        return -1
+def _turned(kind, at, where):
+    """Tuple of the packet quoted at `at`, turned round; where: as `quoted_transport` says."""
     protocol = where & 0xFF
     ports = quoted_ports(protocol, at + (where >> 8))
     word = tuple_word(ports & 0xFFFF, ports >> 16, protocol, kind)
@@ -96,8 +91,31 @@ def find_related(b, t, k, i):
         source_lo = load64be(at + wire.IP6_SOURCE + 8)
         target_hi = load64be(at + wire.IP6_TARGET)
         target_lo = load64be(at + wire.IP6_TARGET + 8)
+    return target_hi, target_lo, source_hi, source_lo, word
+
+
+@inline
+def find_related(b, t, k, i):
+    """Record << 1 | way of the connection that the ICMP error i is about, -1: none."""
+    kind = b.kind[i]
+    at = b.address[i] + b.l4[i] + wire.ICMP_LENGTH
+    where = quoted_transport(kind, at, quoted_room(b, i))
+    if where < 0:
+        return -1
+    source_hi, source_lo, target_hi, target_lo, word = _turned(kind, at, where)
     return find(
         t.connection_index.address, t.connections.address, k.words[MASK],
-        target_hi, target_lo, source_hi, source_lo, word,
-        mix(target_hi, target_lo, source_hi, source_lo, word),
+        source_hi, source_lo, target_hi, target_lo, word,
+        mix(source_hi, source_lo, target_hi, target_lo, word),
     )  # fmt: skip
+
+
+@inline
+def is_about(kind, at, where, record, way):
+    """Whether the packet quoted at `at` is still that of a record's direction.
+
+    A record that has been given back keeps its tuples for a while.
+    """
+    source_hi, source_lo, target_hi, target_lo, word = _turned(kind, at, where)
+    same = same_tuple(record + way * LINE, source_hi, source_lo, target_hi, target_lo, word)
+    return same and load32_acquire(record + OWNER) != CLAIMED

@@ -36,9 +36,11 @@ from dataplane.kernels.house import (
     store32be,
     store64be,
 )
-from dataplane.kernels.parse import query_ports
-from dataplane.kernels.related import quoted_room, quoted_transport
+from dataplane.kernels.parse import drop, query_ports
+from dataplane.kernels.related import is_about, quoted_room, quoted_transport
+from xdp.abi import value
 
+CT_INVALID = value("REASON_CT_INVALID")
 ONES32 = 0xFFFFFFFF
 CRC_POLYNOMIAL = 0x82F63B78  # CRC32c, reflected
 
@@ -217,7 +219,10 @@ def _words(at, length):
 
 @inline
 def _translate_error(b, t, i):
-    """Rewrite an ICMP error: its own addresses, and the packet that it quotes."""
+    """Rewrite an ICMP error: its own addresses, and the packet that it quotes.
+
+    Its record may have been taken for another connection since: nothing holds it.
+    """
     kind = b.kind[i]
     record = t.connections.address + b.connection[i] * RECORD
     other = record + LINE if b.way[i] == WAY_ORIGINAL else record
@@ -225,17 +230,18 @@ def _translate_error(b, t, i):
     quoted = icmp + wire.ICMP_LENGTH
     room = quoted_room(b, i)
     where = quoted_transport(kind, quoted, room)
+    source_hi, source_lo = np.uint64(load64(other)), np.uint64(load64(other + 8))
+    target_hi, target_lo = np.uint64(load64(other + 16)), np.uint64(load64(other + 24))
+    word = load64(other + WORD)
+    if not is_about(kind, quoted, where, record, b.way[i]):
+        drop(b, i, CT_INVALID)
+        return
     transport = quoted + (where >> 8)
     left = room - (where >> 8)
     covered = (where >> 8) + (left if left < 20 else 20)
     covered -= covered & 1
     delta = (covered // 2) * 0xFFFF - _words(quoted, covered)
-    inner = _swap_addresses(
-        kind, quoted,
-        np.uint64(load64(other)), np.uint64(load64(other + 8)),
-        np.uint64(load64(other + 16)), np.uint64(load64(other + 24)),
-    )  # fmt: skip
-    word = load64(other + WORD)
+    inner = _swap_addresses(kind, quoted, source_hi, source_lo, target_hi, target_lo)
     ports = (((word >> 48) & 0xFFFF) << 16) | ((word >> 32) & 0xFFFF)
     _quoted_ports(kind, where & 0xFF, transport, left, ports, inner)
     delta += _words(quoted, covered)
