@@ -4,7 +4,7 @@ Rule: what leaves here is what its receiver's checksums expect, in the packet an
 
 Theory. Checksums change by the difference of old and new words (RFC 1624 eqn. 3), so nothing but
 the header is read; sums are of 32-bit words, folded at the end, since 2**16 is 1 modulo 0xFFFF. A
-UDP checksum of zero over IPv4 stays zero (RFC 768), one that becomes zero is sent as 0xFFFF. ICMP
+UDP checksum of zero stays zero (RFC 768, RFC 6936), one that becomes zero is sent as 0xFFFF. ICMP
 has no pseudo header, ICMPv6 has (RFC 4443 2.3). SCTP's CRC32c covers the ports, so a new port means
 a new sum over the whole packet (RFC 9260 6.8). An ICMP error's quoted packet is turned back to what
 the receiver of the error has sent (RFC 5508 4.2), and the ICMP checksum follows by the difference
@@ -114,9 +114,8 @@ def _swap_addresses(kind, at, source_hi, source_lo, target_hi, target_lo):
 
 
 @inline
-def _swap_udp(kind, at, delta):
-    check = load16be(at + wire.UDP_CHECKSUM)
-    if check == 0 and kind == KIND_IP4:
+def _swap_udp(at, delta):
+    if load16be(at + wire.UDP_CHECKSUM) == 0:
         return
     _adjust(at + wire.UDP_CHECKSUM, delta)
     if load16be(at + wire.UDP_CHECKSUM) == 0:
@@ -180,7 +179,7 @@ def _translate(b, i):
     if protocol == wire.TCP:
         _adjust(at + wire.TCP_CHECKSUM, delta + _swap_ports(at, ports))
     elif protocol == wire.UDP:
-        _swap_udp(kind, at, delta + _swap_ports(at, ports))
+        _swap_udp(at, delta + _swap_ports(at, ports))
     elif protocol == wire.SCTP:
         if load32be(at) != ports:
             store32be(at, ports)
@@ -192,14 +191,14 @@ def _translate(b, i):
 
 
 @inline
-def _quoted_ports(kind, protocol, at, room, ports, delta):
+def _quoted_ports(protocol, at, room, ports, delta):
     """Rewrite the transport header of a quoted packet, as much of it as is there."""
     if protocol == wire.TCP:
         delta += _swap_ports(at, ports)
         if room >= wire.TCP_CHECKSUM + 2:
             _adjust(at + wire.TCP_CHECKSUM, delta)
     elif protocol == wire.UDP:
-        _swap_udp(kind, at, delta + _swap_ports(at, ports))
+        _swap_udp(at, delta + _swap_ports(at, ports))
     elif protocol == wire.SCTP:
         store32be(at, ports)  # its checksum needs the whole packet, which nobody has
     elif protocol == wire.ICMP:
@@ -243,7 +242,7 @@ def _translate_error(b, t, i):
     delta = (covered // 2) * 0xFFFF - _words(quoted, covered)
     inner = _swap_addresses(kind, quoted, source_hi, source_lo, target_hi, target_lo)
     ports = (((word >> 48) & 0xFFFF) << 16) | ((word >> 32) & 0xFFFF)
-    _quoted_ports(kind, where & 0xFF, transport, left, ports, inner)
+    _quoted_ports(where & 0xFF, transport, left, ports, inner)
     delta += _words(quoted, covered)
     outer = _swap_addresses(
         kind, b.address[i] + b.l3[i],
