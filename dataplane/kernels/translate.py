@@ -6,15 +6,13 @@ Theory. Checksums change by the difference of old and new words (RFC 1624 eqn. 3
 the header is read; sums are of 32-bit words, folded at the end, since 2**16 is 1 modulo 0xFFFF. A
 UDP checksum of zero stays zero (RFC 768, RFC 6936), one that becomes zero is sent as 0xFFFF. ICMP
 has no pseudo header, ICMPv6 has (RFC 4443 2.3). SCTP's CRC32c covers the ports, so a new port means
-a new sum over the whole packet (RFC 9260 6.8). An ICMP error's quoted packet is turned back to what
-the receiver of the error has sent (RFC 5508 4.2), and the ICMP checksum follows by the difference
-of the bytes that changed.
-"""
+a new sum over the whole packet (RFC 9260 6.8), which a fragment does not have: it is dropped. An"""
 
 import numpy as np
 
 from dataplane.kernels import wire
 from dataplane.kernels.batch import (
+    FLAG_FRAGMENT,
     FLAG_LATER_FRAGMENT,
     FLAG_NAT,
     FLAG_RELATED,
@@ -41,6 +39,7 @@ from dataplane.kernels.related import is_about, quoted_room, quoted_transport
 from xdp.abi import value
 
 CT_INVALID = value("REASON_CT_INVALID")
+NAT_UNSUPPORTED = value("REASON_NAT_UNSUPPORTED")
 ONES32 = 0xFFFFFFFF
 CRC_POLYNOMIAL = 0x82F63B78  # CRC32c, reflected
 
@@ -182,6 +181,9 @@ def _translate(b, i):
         _swap_udp(at, delta + _swap_ports(at, ports))
     elif protocol == wire.SCTP:
         if load32be(at) != ports:
+            if b.flags[i] & FLAG_FRAGMENT:  # the CRC covers what has not come yet
+                drop(b, i, NAT_UNSUPPORTED)
+                return
             store32be(at, ports)
             _sctp(b, i, at)
     elif protocol == wire.ICMP:
