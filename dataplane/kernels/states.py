@@ -26,7 +26,7 @@ ESTABLISHED = value("CONNECTION_ESTABLISHED")
 
 UNUSUAL = wire.TCP_SYN | wire.TCP_FIN | wire.TCP_RST
 CHUNK_INIT, CHUNK_INIT_ACK, CHUNK_ABORT, CHUNK_SHUTDOWN = 1, 2, 6, 7
-CHUNK_COOKIE_ECHO, CHUNK_COOKIE_ACK, CHUNK_SHUTDOWN_COMPLETE = 10, 11, 14
+CHUNK_SHUTDOWN_COMPLETE = 14
 
 
 @inline
@@ -65,7 +65,7 @@ def next_sctp(state, chunk, way):
         return CLOSED
     if chunk == CHUNK_SHUTDOWN:
         return CLOSING
-    if chunk == CHUNK_COOKIE_ACK or (state == INIT and way == 1 and chunk != CHUNK_INIT_ACK):
+    if state == INIT and way == 1 and chunk != CHUNK_INIT_ACK:
         return ESTABLISHED
     return state
 
