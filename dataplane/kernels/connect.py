@@ -226,6 +226,17 @@ def _write(t, k, record, b, i, flags, hi, lo, target_hi, target_lo, own_port, po
 
 
 @inline
+def _has_way(b, t, i, service, adjacency):
+    """Whether `judge` will let a new connection's packet go on by its adjacency."""
+    kind = t.adjacencies[adjacency].kind
+    if kind == ADJACENCY_POD or kind == ADJACENCY_HOST or kind == ADJACENCY_GATEWAY:
+        return True
+    if kind != ADJACENCY_NEXTHOP and kind != ADJACENCY_TUNNEL:
+        return False
+    return service != 0 or t.ports[b.ingress[i]].kind != PORT_UPLINK
+
+
+@inline
 def _create(b, t, k, i):
     """Decide about the first packet of a connection, and make its record."""
     target_hi, target_lo = b.target_hi[i], b.target_lo[i]
@@ -246,6 +257,8 @@ def _create(b, t, k, i):
         b.target_hi[i], b.target_lo[i] = target_hi, target_lo
         deny(b, i, verdict.reason, verdict.word)
         return
+    if not _has_way(b, t, i, service, adjacency):
+        return  # `judge` says why; nothing is remembered of what goes nowhere
     flags, hi, lo = _source(b, t, i, service, adjacency)
     own = take_port(
         t, k, b.kind[i], b.protocol[i], hi, lo, b.target_hi[i], b.target_lo[i], port,
