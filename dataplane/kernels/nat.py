@@ -63,12 +63,13 @@ def take_port(t, k, kind, protocol, hi, lo, target_hi, target_lo, target_port, o
     """Return a source port for a connection from address (hi, lo), NO_PORT or UNSUPPORTED.
 
     own: its present port, which is kept when it can be; nodes: the address is the node's own, so
-    that the port must be in its range and not in use by the node.
+    that the port must be in its range (if it has one) and not in use by the node.
     """
     first, many = ANY_FIRST, ANY_COUNT
     if nodes:
         first, many = np.int64(t.node[0].nat_first), np.int64(t.node[0].nat_count)
-    allowed = not nodes or (first <= own < first + many and not _is_nodes(t, protocol, own))
+    inside = many == 0 or first <= own < first + many
+    allowed = not nodes or (inside and not _is_nodes(t, protocol, own))
     if allowed and _is_free(t, k, kind, protocol, hi, lo, target_port, target_hi, target_lo, own):
         return own
     if not has_ports(protocol):
