@@ -75,6 +75,7 @@ NAT_TARGET = CONST["CONNECTION_FLAG_NAT_TARGET"]
 DENIED = CONST["CONNECTION_FLAG_DENIED"]
 AUDITED = CONST["CONNECTION_FLAG_AUDITED"]
 REFUSAL, REASON = offset("refusal"), offset("reason")
+SOURCE_IDENTITY, TARGET_IDENTITY = offset("source_identity"), offset("target_identity")
 GENERATION_MASK = 0xFFFFFFFF
 
 
@@ -139,6 +140,8 @@ def settle(b, i, record, way, tick):
     """Let packet i of a judged connection pass, or refuse it; False when the record is no more."""
     flags = load8(record + FLAGS)
     if flags & DENIED:
+        b.source_identity[i] = load32(record + (TARGET_IDENTITY if way else SOURCE_IDENTITY))
+        b.target_identity[i] = load32(record + (SOURCE_IDENTITY if way else TARGET_IDENTITY))
         deny(b, i, load32(record + REASON), load32(record + REFUSAL))
         return True
     count(b, i, record, way, tick)
