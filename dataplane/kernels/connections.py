@@ -266,17 +266,24 @@ def count_port(nat_ports, record, change):
 
 
 @inline
-def latest(record):
-    """Tick of the last packet of a record, either direction."""
-    original, reply = load32(record + LAST), load32(record + LAST + 4)
-    return original if original > reply else reply
+def since(tick, then):
+    """Ticks since a 32-bit tick, which wraps after 834 days; negative: it is still to come."""
+    return ((tick - then + (1 << 31)) & LOWER) - (1 << 31)
+
+
+@inline
+def idle_of(record, tick):
+    """Ticks since the last packet of a record, either direction."""
+    original = since(tick, load32(record + LAST))
+    reply = since(tick, load32(record + LAST + 4))
+    return original if original < reply else reply
 
 
 @inline
 def _rank(record, tick):
     """How much a live record deserves to stay; an established, active one: 2**40 and more."""
     state = load8(record + STATE)
-    idle = tick - latest(record)
+    idle = idle_of(record, tick)
     if idle < 0:
         idle = 0
     kept = (state << 32) - idle
@@ -305,7 +312,7 @@ def allocate(index, records, words, nat_ports, counters):
         prefetch(record + 4 * RECORD + OWNER)
         owner = load32_acquire(record + OWNER)
         if owner == FREE:
-            rested = load32(record + CREATED) == 0 or tick - load32(record + LAST) >= REST
+            rested = load32(record + CREATED) == 0 or since(tick, load32(record + LAST)) >= REST
             if rested and swap32(record + OWNER, FREE, CLAIMED):
                 store64(words + HAND * 8, hand)
                 return number
@@ -374,7 +381,7 @@ def sweep(connections, index, nat_ports, timeout_s, mask, first, end, tick):
         if load32_acquire(record + OWNER) != LIVE:
             continue
         state = load8(record + STATE)
-        idle_s = ((tick - latest(record)) << TICK_SHIFT) // 1_000_000_000
+        idle_s = (idle_of(record, tick) << TICK_SHIFT) // 1_000_000_000
         if idle_s >= np.int64(timeout_s[state]) and swap32(record + OWNER, LIVE, CLAIMED):
             unlink(where, records, mask, number, ports)
             release(records, number, tick)

@@ -12,6 +12,7 @@ Service v1, sessionAffinity ClientIP; Cilium: bpf/lib/lb.h.
 
 import numpy as np
 
+from dataplane.kernels.connections import since
 from dataplane.kernels.house import inline, load64, outline
 from dataplane.kernels.parse import mix
 from xdp.abi import CONST, DTYPE, value
@@ -103,16 +104,16 @@ def _affine(t, service, part, table, hi, lo, tick):
     for at in range(first, first + WAYS):
         row = t.affinities[at]
         if row.service == service and row.client_hi == hi and row.client_lo == lo:
-            idle_s = ((tick - np.int64(row.last)) << TICK_SHIFT) // 1_000_000_000
+            idle_s = (since(tick, np.int64(row.last)) << TICK_SHIFT) // 1_000_000_000
             backend = np.int64(row.backend)
             if idle_s > np.int64(t.services[service].affinity_s) or not _serves(t, part, backend):
                 backend = _pick(t, part, table, hashed >> SHIFT)
                 t.affinities[at].backend = backend
             t.affinities[at].last = tick
             return backend
-        if row.service == 0 or (
-            t.affinities[oldest].service != 0 and row.last < t.affinities[oldest].last
-        ):
+        away = since(tick, np.int64(row.last))
+        longest = since(tick, np.int64(t.affinities[oldest].last))
+        if row.service == 0 or (t.affinities[oldest].service != 0 and away > longest):
             oldest = at
     backend = _pick(t, part, table, hashed >> SHIFT)
     t.affinities[oldest].service = 0
