@@ -19,19 +19,23 @@ HERE = (value("ADJACENCY_HOST"), value("ADJACENCY_GATEWAY"))
 VXLAN = value("TUNNEL_VXLAN")
 
 
-def flow_hash(found: dict) -> int:
-    """Mix what tests/naive/headers.py found of a packet into 64 bits."""
+def mix(source: int, target: int, word: int) -> int:
+    """Mix two addresses and a tuple's word into 64 bits."""
     a, b, c = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93
-    source, target = found["source"], found["target"]
     mixed = ((source & MASK64) ^ ((source >> 64) * b & MASK64)) * a & MASK64
     mixed ^= mixed >> 32
     mixed = (mixed ^ (target & MASK64) ^ ((target >> 64) * c & MASK64)) * b & MASK64
     mixed ^= mixed >> 32
-    source_port, target_port = (0, 0) if found["fragment"] else found["ports"]
-    word = source_port << 48 | target_port << 32 | found["protocol"] << 8 | found["kind"]
     mixed = (mixed ^ word) * c & MASK64
     mixed = (mixed ^ (mixed >> 32)) * a & MASK64
     return mixed ^ (mixed >> 32)
+
+
+def flow_hash(found: dict) -> int:
+    """Mix what tests/naive/headers.py found of a packet into 64 bits."""
+    source_port, target_port = (0, 0) if found["fragment"] else found["ports"]
+    word = source_port << 48 | target_port << 32 | found["protocol"] << 8 | found["kind"]
+    return mix(found["source"], found["target"], word)
 
 
 def forward(frame: bytes, found: dict, adjacency: Adjacency) -> bytes:

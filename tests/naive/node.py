@@ -8,8 +8,10 @@ Theory. The world is tests/worlds.py's. What is answered by ARP, ND or ICMP is l
 
 from ipaddress import ip_address
 
+from dataplane.tables.model import Adjacency
 from tests import worlds as w
 from tests.naive.headers import Refused, is_error, parse
+from xdp.abi import value
 
 ROUTES = {
     w.PODS4: ("blackhole", None), w.PODS6: ("blackhole", None),
@@ -33,6 +35,19 @@ def route(address) -> tuple[str, int | None]:
         if address in network:
             return way
     return "none", None
+
+
+def adjacency(world: w.World, address) -> Adjacency:
+    """The adjacency that tests/worlds.py gives an address that has a way."""
+    kind, port = route(address)
+    if kind in ("host", "gateway"):
+        name = f"ADJACENCY_{kind.upper()}"
+        return Adjacency(value(name), w.HOST, 65000, w.GATEWAY_MAC, w.HOST_MAC)
+    if kind == "pod":
+        return Adjacency(value("ADJACENCY_POD"), port, 65000, w.GATEWAY_MAC, w.POD_MACS[port])
+    if kind == "tunnel" and world.tunnel:
+        return world.far()
+    return Adjacency(value("ADJACENCY_NEXTHOP"), w.UPLINK, 1500, w.UPLINK_MAC, w.NEIGHBOUR_MAC)
 
 
 def from_pod(port: int, frame: bytes, firsts: set) -> tuple[str, int | None] | None:

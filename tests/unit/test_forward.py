@@ -12,12 +12,10 @@ from dataplane.tables.model import Adjacency
 from tests import worlds as w
 from tests.naive import forward as twin
 from tests.naive import headers, node
-from tests.worlds import HEADROOM, HOST, POD_A, UPLINK
-from xdp.abi import value
+from tests.worlds import HEADROOM, POD_A
 
 TARGETS4 = [w.POD4[w.POD_B], w.NODE4, w.ROUTER4, *map(ip_address, ("10.1.2.9", "198.51.100.7"))]
 TARGETS6 = [w.POD6[w.POD_B], w.NODE6, w.ROUTER6, *map(ip_address, ("fd00:1:2::9", "2001:db8:f::1"))]
-KINDS = {"host": "ADJACENCY_HOST", "gateway": "ADJACENCY_GATEWAY"}
 
 
 def ip4(target, segment, *, tos=0, word=0, ident=0, ttl=64, protocol=253, options=b"") -> bytes:
@@ -62,14 +60,7 @@ def routable(draw) -> bytes:
 def way(world, found: dict) -> Adjacency:
     """The adjacency that tests/worlds.py gives the target of a packet."""
     size = 4 if found["kind"] == 4 else 16
-    kind, port = node.route(ip_address(found["target"].to_bytes(size, "big")))
-    if kind in KINDS:
-        return Adjacency(value(KINDS[kind]), HOST, 65000, w.GATEWAY_MAC, w.HOST_MAC)
-    if kind == "pod":
-        return Adjacency(value("ADJACENCY_POD"), port, 65000, w.GATEWAY_MAC, w.POD_MACS[port])
-    if kind == "tunnel" and world.tunnel:
-        return world.far()
-    return Adjacency(value("ADJACENCY_NEXTHOP"), UPLINK, 1500, w.UPLINK_MAC, w.NEIGHBOUR_MAC)
+    return node.adjacency(world, ip_address(found["target"].to_bytes(size, "big")))
 
 
 WORLDS = [

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scapy.all import IP, UDP, Ether, Raw, raw
 
 from dataplane.engine import rings as ring_code
+from dataplane.engine.conntrack import NAT_PORTS, Conntrack
 from dataplane.engine.worker import Worker
-from dataplane.kernels.batch import VERDICT_DROP, VERDICT_SEND, make_batch
+from dataplane.kernels.batch import VERDICT_DROP, VERDICT_HOLD, VERDICT_SEND, make_batch
+from dataplane.kernels.fragments import HELD_MAX, HOLD_NS, SLOT_FREE, fragments
 from dataplane.kernels.house import kernel
+from dataplane.kernels.parse import parse
 from dataplane.tables.shm import Shm
 from tests.fake_kernel import FakeXsk
 from xdp.abi import CONST, value
@@ -20,8 +24,8 @@ STRIDE = CONST["FRAME_STRIDE"]
 
 
 @kernel
-def _receive(b, r):
-    return ring_code.receive(b, r)
+def _receive(b, r, f, now):
+    return ring_code.receive(b, r, f, now)
 
 
 @kernel
@@ -37,10 +41,13 @@ def _collect(r):
 class World:
     """A worker with two sockets on ports 0 and 1."""
 
-    def __init__(self, shm: Shm, sockets: int = 2, size: int = 64) -> None:
-        self.area = np.zeros(FRAMES * STRIDE, np.uint8)
-        frames = np.arange(FRAMES, dtype=np.int64) * STRIDE
-        self.worker = Worker(0, shm, self.area.ctypes.data, frames, 0)
+    def __init__(self, shm: Shm, sockets: int = 2, size: int = 64, total: int = FRAMES) -> None:
+        self.total = total
+        self.area = np.zeros(total * STRIDE, np.uint8)
+        frames = np.arange(total, dtype=np.int64) * STRIDE
+        tracker = Conntrack(shm, np.zeros(NAT_PORTS, np.uint32), 1).trackers[0]
+        self.worker = Worker(0, shm, self.area.ctypes.data, frames, 0, tracker)
+        self.now = HOLD_NS
         self.rings = self.worker.rings
         self.batch = make_batch()
         self.stats = np.zeros(2, np.int64)
@@ -51,18 +58,41 @@ class World:
 
     def step(self, egress: int | None) -> int:
         """Receive a vector and send it all to a port, or drop it."""
-        count = _receive(self.batch, self.rings)
+        count = self.receive()
         self.batch.verdict[:count] = VERDICT_DROP if egress is None else VERDICT_SEND
         self.batch.egress[:count] = -1 if egress is None else egress
         _transmit(self.batch, self.rings, self.stats)
         return count
 
+    def receive(self) -> int:
+        """Receive a vector; return how many packets came."""
+        return _receive(self.batch, self.rings, self.worker.fragments, self.now)
+
+    def hold(self, egress: int) -> list[int]:
+        """As `step`, but fragments that come before their first are held; return the reasons."""
+        count = self.receive()
+        self.batch.now_ns[0] = self.now
+        parse(self.batch)
+        fragments(self.batch, self.worker.fragments, self.worker.tracker)
+        pending = self.batch.verdict[:count] == 0
+        self.batch.verdict[:count][pending] = VERDICT_SEND
+        self.batch.egress[:count] = egress
+        _transmit(self.batch, self.rings, self.stats)
+        _collect(self.rings)
+        return self.batch.reason[:count].tolist()
+
+    def held(self) -> np.ndarray:
+        """Chunk bases of the fragments that wait."""
+        waiting = self.worker.fragments.waiting
+        assert self.worker.fragments.waiting_count[0] == (waiting["state"] != SLOT_FREE).sum()
+        return waiting["frame"][waiting["state"] != SLOT_FREE]
+
     def audit(self) -> None:
-        """Each frame is free or owned by a socket, and nowhere twice."""
+        """Each frame is free, owned by a socket, or a held fragment's, and nowhere twice."""
         free = self.rings.free[: self.rings.free_count[0]] // STRIDE
-        owned = np.flatnonzero(self.rings.owner >= 0)
-        everything = np.concatenate([free, owned])
-        assert sorted(everything.tolist()) == list(range(FRAMES))
+        owned = np.flatnonzero(self.rings.owner.array >= 0)
+        everything = np.concatenate([free, owned, self.held() // STRIDE])
+        assert sorted(everything.tolist()) == list(range(self.total))
 
     def close(self) -> None:
         for pipe in self.pipes:
@@ -104,7 +134,7 @@ def test_a_packet_of_many_segments_arrives_whole(world):
 
 def test_too_many_segments_are_dropped_with_their_reason(world):
     world.xsks[0].deliver(bytes(3840 * 4), segment=600)
-    count = _receive(world.batch, world.rings)
+    count = world.receive()
     assert count == 1
     assert world.batch.verdict[0] == VERDICT_DROP
     assert world.batch.reason[0] == value("REASON_OVERSIZE")
@@ -114,7 +144,7 @@ def test_too_many_segments_are_dropped_with_their_reason(world):
 
 def test_a_truncated_answer_frees_its_continuations(world):
     world.xsks[0].deliver(bytes(8000))
-    count = _receive(world.batch, world.rings)
+    count = world.receive()
     world.batch.verdict[:count] = VERDICT_SEND
     world.batch.egress[:count] = 0
     world.batch.length[0] = world.batch.total[0] = 100
@@ -157,15 +187,101 @@ def test_a_removed_socket_gives_its_frames_back(world):
     world.audit()
 
 
+# --- fragments that wait ------------------------------------------------------------------------
+
+HELD, LOST = value("REASON_HELD"), value("REASON_FRAGMENT_NOT_FOUND")
+
+
+def piece(offset: int, identification: int = 7) -> bytes:
+    """A fragment of a UDP datagram: the first, or one at an offset of eights of bytes."""
+    ip = IP(src="10.1.1.2", dst="10.1.1.3", id=identification, proto=17, frag=offset)
+    if offset:
+        return raw(Ether() / ip / Raw(b"later" + bytes(55)))
+    ip.flags = "MF"
+    return raw(Ether() / ip / UDP(sport=1, dport=2, len=500) / Raw(bytes(56)))
+
+
+def test_a_fragment_that_comes_first_waits_for_its_first(world):
+    world.xsks[0].deliver(piece(8))
+    assert world.hold(egress=1) == [HELD]
+    assert world.xsks[1].sent() == []
+    world.audit()
+    assert world.receive() == 0  # it waits
+    world.xsks[0].deliver(piece(0))
+    assert world.hold(egress=1) == [0]
+    assert world.xsks[1].sent() == [piece(0)]
+    assert world.hold(egress=1) == [0]  # by itself: nothing new came
+    assert world.xsks[1].sent() == [piece(8)]
+    assert len(world.held()) == 0
+    _collect(world.rings)
+    world.audit()
+
+
+def test_a_fragment_whose_first_does_not_come_is_given_up(world):
+    world.xsks[0].deliver(piece(8))
+    world.hold(egress=1)
+    world.now += HOLD_NS
+    assert world.receive() == 0
+    world.now += 1
+    lost = int(world.worker.tracker.counters[0]["fragments_lost"])
+    assert world.hold(egress=1) == [LOST]
+    assert world.batch.verdict[0] == VERDICT_DROP
+    assert int(world.worker.tracker.counters[0]["fragments_lost"]) == lost + 1
+    assert world.xsks[1].sent() == []
+    world.audit()
+    world.xsks[0].deliver(piece(0))  # too late
+    world.hold(egress=1)
+    assert world.xsks[1].sent() == [piece(0)]
+    assert world.hold(egress=1) == []
+
+
+def test_only_so_many_fragments_wait(shm):
+    world = World(shm, total=4 * HELD_MAX)
+    try:
+        reasons: list[int] = []
+        for number in range(HELD_MAX + 3):
+            assert world.xsks[0].deliver(piece(8, number))
+            reasons += world.hold(egress=1)
+            world.audit()
+        assert reasons == [HELD] * HELD_MAX + [LOST] * 3
+        assert VERDICT_HOLD not in world.batch.verdict[:1]
+        world.now += HOLD_NS + 1
+        assert world.hold(egress=1) == [LOST] * HELD_MAX
+        world.audit()
+    finally:
+        world.close()
+
+
+def test_fragments_of_many_segments_do_not_wait(world):
+    ip = IP(src="10.1.1.2", dst="10.1.1.3", id=7, proto=17, frag=8)
+    long = raw(Ether() / ip / Raw(bytes(5000)))
+    world.xsks[0].deliver(long)
+    assert world.hold(egress=1) == [LOST]
+    world.audit()
+    world.xsks[0].deliver(piece(0))
+    world.hold(egress=1)
+    world.xsks[0].deliver(long)
+    assert world.hold(egress=1) == [0]
+    assert world.xsks[1].sent() == [piece(0), long]
+    _collect(world.rings)
+    world.audit()
+
+
 def test_every_socket_gets_its_share_of_frames(world):
     assert world.rings.fill_target[0] == max(ring_code.FILL_LEAST, FRAMES // 2 // 2)
+
+
+PIECES = [piece(offset, number) for offset in (0, 8, 16) for number in (1, 2)]
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
         st.tuples(
-            st.integers(0, 1), st.integers(1, 9000), st.sampled_from([None, 0, 1]), st.booleans()
+            st.integers(0, 1),
+            st.integers(1, 9000) | st.sampled_from(PIECES),
+            st.sampled_from([None, 0, 1]),
+            st.booleans(),
         ),
         max_size=60,
     )
@@ -173,9 +289,13 @@ def test_every_socket_gets_its_share_of_frames(world):
 def test_frames_are_conserved(shm, history):
     world = World(shm)
     try:
-        for socket, size, egress, complete in history:
-            world.xsks[socket].deliver(bytes(size))
-            world.step(egress)
+        for socket, what, egress, complete in history:
+            world.xsks[socket].deliver(what if isinstance(what, bytes) else bytes(what))
+            world.now += HOLD_NS // 4
+            if isinstance(what, bytes):
+                world.hold(egress or 0)
+            else:
+                world.step(egress)
             if complete:
                 for xsk in world.xsks:
                     xsk.sent()
