@@ -195,8 +195,8 @@ def change(r: Random, world) -> str:
     pods = [m for m in world.manifests.values() if m["kind"] == "Pod"]
     rules = [m for m in world.manifests.values() if "Policy" in m["kind"]]
     what = r.choice(
-        ["policy"] * 6 + ["no policy"] * 3 + ["pod"] * 3 + ["namespace"] * 2 + ["over", "host",
-        "no pod", "attach", "detach", "server", "service", "node", "no node", "container"]
+        ["policy"] * 6 + ["no policy"] * 3 + ["pod"] * 4 + ["namespace", "no pod"] * 2 + ["over",
+        "host", "attach", "detach", "server", "service", "node", "no node", "container"]
     )  # fmt: skip
     place = r.randrange(9)
     one = any_pod(r, place)

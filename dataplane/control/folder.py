@@ -3,109 +3,223 @@
 Rule: a broken file changes nothing: its last good state stays, and `errors` says file, line and
 why.
 
-Theory. Every *.yaml, *.yml and *.json of the folder (multi-document, Lists too) is read when
-inotify says that something changed. Files are small and few, so all are read again; each keeps
-its last good manifests. A file that goes takes its objects with it.
+Theory. Every *.yaml, *.yml and *.json of the folder (multi-document, Lists too) is an own piece:
+when inotify says that something changed, only files whose time, size or inode is another are read
+again, and a snapshot says how it differs from the one before. A file of which an object is broken
+keeps its last good state as a whole; one that never had any gives the objects that are good. A file
+that goes takes its objects with it. An editor may write a file in several steps, so a file that has
+*lost* objects is believed once it has been quiet for SETTLE_S: what is added or changed is in force
+at once, and no policy is lifted because its file was half written. A folder that goes changes
+nothing either.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
+from weakref import ref
 
-import yaml
 from watchfiles import awatch
 
-from dataplane.objects.collect import Objects, collect
-from dataplane.objects.manifest import ManifestError
+from dataplane.control.manifests import Found, Refused, objects
+from dataplane.objects.collect import Objects, Since
 
 SUFFIXES = (".yaml", ".yml", ".json")
-STEP_MS = 200  # inotify's batch: an editor writes a file in several steps
+STEP_MS = 5  # events that come together are looked at together
+DEBOUNCE_MS = 20  # but no event waits longer than that
 QUIET_MS = 5000  # without an event the folder is looked at so often
 ABSENT_S = 1.0  # and a folder that is not there yet
+SETTLE_S = 0.1
+
+Mark = tuple[int, int, int]  # time, size, inode: what tells that a file changed
+Place = tuple[str, Any]  # field of Objects, key
+
+
+@dataclass
+class _File:
+    """What is known of a file."""
+
+    mark: Mark
+    objects: dict[Place, Any] = field(default_factory=dict)
+    others: tuple[Any, ...] = ()
+    errors: dict[str, str] = field(default_factory=dict)
+    good: bool = False  # it has been read without an error
 
 
 class FolderSource:
-    """Objects from YAML files."""
+    """Objects from YAML and JSON files."""
 
     def __init__(self, folder: Path) -> None:
         """The folder may appear later; until then there are no objects."""
         self.folder = folder
         self.errors: dict[str, str] = {}
-        self._good: dict[Path, list[Mapping[str, Any]]] = {}
+        self._files: dict[Path, _File] = {}
+        self._owners: dict[Place, tuple[Path, ...]] = {}  # of each object; the last one wins
+        self._objects = Objects()
+        self._unsettled: dict[Path, tuple[Mark | None, float]] = {}  # files that lost objects
 
     def read(self) -> Objects:
-        """Read all files; a broken one keeps its last good state."""
-        paths = sorted(p for p in self.folder.glob("*") if p.suffix in SUFFIXES and p.is_file())
+        """Read what changed; a broken file keeps its last good state."""
+        return self._read(None, settled=True)
+
+    def _read(self, paths: Iterable[Path] | None, settled: bool = False) -> Objects:
+        """paths: those that may have changed, None: all; settled: who lost objects is believed."""
+        self._say()
+        if not self.folder.is_dir():
+            return self._objects  # it may be on its way to another place: all stays
+        marks = _marks(self.folder.glob("*") if paths is None else paths)
+        if paths is None:
+            marks |= dict.fromkeys(self._files.keys() - marks.keys())
+        changed: set[Place] = set()
+        others = False
+        for path, mark in sorted(marks.items()):
+            known = self._files.get(path)
+            if mark is None:
+                if known is not None and self._may_lose(path, mark, settled):
+                    others |= self._replace(path, None, changed)
+            elif known is None or known.mark != mark:
+                others |= self._take(path, mark, changed, settled)
+        self._say()
+        if changed or others:
+            self._objects = self._snapshot(changed, others)
+        return self._objects
+
+    def _take(self, path: Path, mark: Mark, changed: set[Place], settled: bool) -> bool:
+        """Read a file that changed; return whether `others` did."""
+        known = self._files.get(path)
+        fresh = _File(mark)
+        found: list[Found] = []
+        try:
+            found, errors = objects(path.read_text(), path.suffix)
+        except Refused as refused:
+            errors = [refused]
+        except (OSError, ValueError) as error:  # ValueError: no UTF-8
+            errors = [Refused(f"cannot be read: {error}")]
+        for one in errors:
+            fresh.errors.setdefault(f"{path}:{one.line}" if one.line else str(path), str(one))
+        if errors and known is not None and (known.good or not found):
+            known.mark, known.errors = mark, fresh.errors
+            return False
+        fresh.good = not errors
+        fresh.objects = {(name, key): one for name, key, one in found if key is not None}
+        fresh.others = tuple(one for _, key, one in found if key is None)
+        loses = known is not None and bool(known.objects.keys() - fresh.objects.keys())
+        if loses and not self._may_lose(path, mark, settled):
+            return False  # it is read again when it has settled
+        self._unsettled.pop(path, None)
+        return self._replace(path, fresh, changed)
+
+    def _may_lose(self, path: Path, mark: Mark | None, settled: bool) -> bool:
+        """Return whether a file that lost objects is believed; else it is looked at again."""
+        now = time.monotonic()
+        before = self._unsettled.get(path)
+        if before is None or before[0] != mark:
+            before = self._unsettled[path] = mark, now
+        if not settled and now - before[1] < SETTLE_S:
+            return False
+        del self._unsettled[path]
+        return True
+
+    def _replace(self, path: Path, fresh: _File | None, changed: set[Place]) -> bool:
+        """Put a file in the place of what was known of it; return whether `others` changed."""
+        known = self._files.pop(path, None)
+        before = known.objects if known else {}
+        after = fresh.objects if fresh else {}
+        if fresh is not None:
+            for place, one in after.items():
+                if before.get(place) == one:  # who compares by identity sees no change
+                    after[place] = before[place]
+            self._files[path] = fresh
+        for place in before.keys() - after.keys():
+            left = tuple(one for one in self._owners[place] if one != path)
+            if left:
+                self._owners[place] = left
+            else:
+                del self._owners[place]
+            changed.add(place)
+        for place, one in after.items():
+            if place not in before:
+                self._owners[place] = tuple(sorted((*self._owners.get(place, ()), path)))
+            if before.get(place) is not one:
+                changed.add(place)
+        return (known.others if known else ()) != (fresh.others if fresh else ())
+
+    def _snapshot(self, changed: set[Place], others: bool) -> Objects:
+        """Return objects that differ from the last ones in these places."""
+        keys: dict[str, set[Any]] = {}
+        for name, key in changed:
+            keys.setdefault(name, set()).add(key)
+        fields: dict[str, Any] = {}
+        for name, some in keys.items():
+            mapping = fields[name] = dict(getattr(self._objects, name))
+            for key in some:
+                owners = self._owners.get((name, key))
+                if owners:
+                    mapping[key] = self._files[owners[-1]].objects[name, key]
+                else:
+                    mapping.pop(key, None)
+        if others:
+            files = sorted(self._files.items())
+            fields["others"] = tuple(one for _, file in files for one in file.others)
+        said = {name: frozenset(some) for name, some in keys.items()}
+        fields["since"] = Since(ref(self._objects), said)
+        return replace(self._objects, **fields)
+
+    def _say(self) -> None:
         self.errors = {}
         if not self.folder.is_dir():
             self.errors[str(self.folder)] = "no such folder: create it or set source.folder"
-        for gone in self._good.keys() - set(paths):
-            del self._good[gone]
-        for path in paths:
-            try:
-                manifests = _manifests(path)
-                collect(manifests)
-                self._good[path] = manifests
-            except (ManifestError, OSError) as error:
-                self.errors[str(path)] = str(error)
-            except yaml.YAMLError as error:
-                mark = getattr(error, "problem_mark", None)
-                line = f":{mark.line + 1}" if mark else ""
-                problem = getattr(error, "problem", None) or str(error)
-                self.errors[f"{path}{line}"] = f"not YAML: {problem}"
-            except (ValueError, RecursionError) as error:  # no UTF-8, no such date, too deep
-                self.errors[str(path)] = f"not YAML: {error}"
-        return collect([manifest for path in sorted(self._good) for manifest in self._good[path]])
+        for _, file in sorted(self._files.items()):
+            self.errors.update(file.errors)
 
     async def changes(self) -> AsyncIterator[Objects]:
         """Yield the objects now and after every change; ends never."""
-        seen = None
+        yield (seen := self.read())
         while True:
-            if (now := self._fingerprint()) != seen:
-                seen = now
-                yield self.read()
             if not self.folder.is_dir():
                 await asyncio.sleep(ABSENT_S)
-                continue
+            elif self._read(None) is not seen:
+                yield (seen := self._objects)
             # A change between the reading and the watch's beginning is found by the time-out.
-            watch = awatch(
-                self.folder,
-                step=STEP_MS,
-                rust_timeout=QUIET_MS,
-                yield_on_timeout=True,
-                recursive=False,
-            )
-            with contextlib.suppress(FileNotFoundError):
-                async for _ in watch:
-                    if (now := self._fingerprint()) != seen:
-                        seen = now
-                        yield self.read()
-                    if not self.folder.is_dir():
-                        break
+            async for paths in self._events():
+                errors = self.errors
+                if self._read(paths) is not seen or self.errors != errors:
+                    yield (seen := self._objects)
 
-    def _fingerprint(self) -> list[tuple[str, int, int]]:
-        """What tells that a file changed: name, time, size."""
-        found = []
-        for path in self.folder.glob("*"):
-            with contextlib.suppress(FileNotFoundError):
+    async def _events(self) -> AsyncIterator[set[Path] | None]:
+        """Yield which files may have changed, None: all; ends when the folder has gone."""
+        watch = awatch(
+            self.folder,
+            step=STEP_MS,
+            debounce=DEBOUNCE_MS,
+            rust_timeout=QUIET_MS,
+            yield_on_timeout=True,
+            recursive=False,
+        )
+        with contextlib.suppress(FileNotFoundError):
+            async for events in watch:
+                yield {self.folder / Path(path).name for _, path in events} or None
+                while self._unsettled:
+                    await asyncio.sleep(SETTLE_S / 4)
+                    yield set(self._unsettled)
+                if not self.folder.is_dir():
+                    return
+
+
+def _marks(paths: Iterable[Path]) -> dict[Path, Mark | None]:
+    """Return what tells whether files changed; None: it is not there."""
+    found: dict[Path, Mark | None] = {}
+    for path in paths:
+        if path.suffix in SUFFIXES:
+            try:
                 status = path.stat()
-                found.append((path.name, status.st_mtime_ns, status.st_size))
-        return sorted(found)
-
-
-def _manifests(path: Path) -> list[Mapping[str, Any]]:
-    found: list[Mapping[str, Any]] = []
-    for document in yaml.safe_load_all(path.read_text()):
-        if document is None:
-            continue
-        kind = document.get("kind") if isinstance(document, Mapping) else None
-        if isinstance(kind, str) and kind.endswith("List"):
-            items = document.get("items") or []
-            if not isinstance(items, list):
-                raise ManifestError(f"{kind}: items must be a list, is {type(items).__name__}")
-            found.extend(items)
-        else:
-            found.append(document)
+            except OSError:
+                found[path] = None
+                continue
+            if S_ISREG(status.st_mode):
+                found[path] = (status.st_mtime_ns, status.st_size, status.st_ino)
     return found

@@ -136,9 +136,12 @@ class Distiller:
         """Make the chains of everything that changed. Groups have their numbers by now."""
         turn.gone = set(regrouped.gone)
         for group in regrouped.fresh:
-            self._concern(turn, group, group.selected)
+            self._concern(turn, (group,), group.selected)
+        alike: dict[frozenset[int], list[Group]] = {}
         for group, added, removed in regrouped.changed:
-            self._concern(turn, group, added | removed)
+            alike.setdefault(added | removed, []).append(group)
+        for selected, groups in alike.items():
+            self._concern(turn, groups, selected)
         for group in regrouped.gone:
             for concerned in turn.concerned:
                 for row in group.rows:
@@ -146,11 +149,11 @@ class Distiller:
         for row, draft in turn.drafts.items():
             changed = (*draft.added, *draft.removed)
             for direction, concerned in enumerate(turn.concerned):
-                groups = self._groups_of(part for part in changed if part.direction == direction)
-                groups |= concerned.get(row, set())
+                mine = self._groups_of(part for part in changed if part.direction == direction)
+                mine |= concerned.get(row, set())
                 if draft.base is not None:
-                    groups |= concerned.get(draft.base, set())
-                self._make(turn, draft, direction, groups)
+                    mine |= concerned.get(draft.base, set())
+                self._make(turn, draft, direction, mine)
             if any(part.peers is None for part in changed):
                 for direction, made in enumerate(self._chains.of_any(draft.index)):
                     draft.set((direction, None), made)
@@ -165,15 +168,15 @@ class Distiller:
             self._make(turn, draft, direction, concerned.get(row, ()))
         return draft
 
-    def _concern(self, turn: Turn, group: Group, selected: frozenset[int]) -> None:
-        """Note which rows have something to say of a group by these selectors."""
+    def _concern(self, turn: Turn, groups: Iterable[Group], selected: frozenset[int]) -> None:
+        """Note which rows have something to say of groups by these selectors."""
         for row in self._asking(selected):
             indexes = [row.index]
             if row in turn.drafts:
                 indexes.append(turn.drafts[row].index)
             for direction, concerned in enumerate(turn.concerned):
                 if any(index.asks_any(direction, selected) for index in indexes):
-                    concerned.setdefault(row, set()).add(group)
+                    concerned.setdefault(row, set()).update(groups)
 
     def _asking(self, selected: Iterable[int]) -> set[Row]:
         """Return the rows that ask for some of these selectors."""

@@ -26,7 +26,8 @@ def test_objects_of_all_documents_and_lists(tmp_path):
     (tmp_path / "b.json").write_text(
         '{"kind": "List", "items": [{"kind": "Namespace", "metadata": {"name": "shop"}},'
         '{"kind": "Pod", "metadata": {"name": "p", "namespace": "shop", "labels": {"app": "x"}}},'
-        '{"kind": "Service", "metadata": {"name": "s"}}]}'
+        '{"kind": "Service", "metadata": {"name": "s"}},'
+        '{"kind": "Secret", "metadata": {"name": "t"}}]}'
     )
     (tmp_path / "ignored.txt").write_text("{")
     source = FolderSource(tmp_path)
@@ -37,7 +38,8 @@ def test_objects_of_all_documents_and_lists(tmp_path):
     assert str(objects.nodes["one"].pod_cidr(6)) == "fd00::/64"
     assert objects.namespaces["shop"].labels["kubernetes.io/metadata.name"] == "shop"
     assert objects.pods["shop", "p"].labels == {"app": "x"}
-    assert [other["kind"] for other in objects.others] == ["Service"]
+    assert objects.services["default", "s"].type == "ClusterIP"
+    assert [other["kind"] for other in objects.others] == ["Secret"]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,113 @@ def test_changes_are_followed_also_of_a_folder_that_comes_later(tmp_path):
             async for objects in changes:
                 if len(objects.nodes) == 2:
                     break
+        await changes.aclose()
+
+    asyncio.run(follow())
+
+
+BAD_POLICY = """
+# a comment
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: p, namespace: shop}
+spec:
+  podSelector: {}
+  ingress:
+  - from:
+    - podSelector: {}
+    ports:
+    - {port: 80, endPort: 79}
+"""
+
+
+def test_an_error_names_file_line_object_field_and_reason(tmp_path):
+    path = tmp_path / "policies.yaml"
+    path.write_text(NODE.replace("NAME", "one") + "---\n" + BAD_POLICY)
+    source = FolderSource(tmp_path)
+    assert set(source.read().nodes) == {"one"}, "what is good of a new file is taken"
+    ((where, why),) = source.errors.items()
+    assert where == f"{path}:{NODE.count(chr(10)) + 13}"
+    assert why == ("NetworkPolicy p: spec.ingress[0].ports[0].endPort: 79 is less than port 80")
+
+
+def test_lines_in_lists_missing_fields_and_json(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "kind: List\nitems:\n- {kind: Namespace, metadata: {name: x}}\n- kind: Node\n  metadata:\n"
+        "    labels: {}\n"
+    )
+    (tmp_path / "b.json").write_text('{\n"kind": "Pod",\n"metadata": {"name": 7}\n}')
+    (tmp_path / "c.json").write_text('{\n"kind": \n}')
+    (tmp_path / "d.yaml").write_text("kind: Pod\nmetadata: {name: x}\nspec:\n  hostNetwork: 7\n")
+    source = FolderSource(tmp_path)
+    source.read()
+    places = sorted(where.removeprefix(f"{tmp_path}/") for where in source.errors)
+    assert places == ["a.yaml:5", "b.json:3", "c.json:3", "d.yaml:4"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 300_000, "{a: " * 100_000, "- " * 100_000 + "x", "? " * 100_000, " " * 9000 + "x"],
+)
+def test_deep_nesting_is_refused_before_the_parser_sees_it(tmp_path, text):
+    (tmp_path / "deep.yaml").write_text(text)
+    source = FolderSource(tmp_path)
+    source.read()
+    assert "nested deeper" in " ".join(source.errors.values()) or "no kind" in str(source.errors)
+
+
+def test_only_what_changed_is_read_again_and_told(tmp_path):
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.yaml").write_text(NODE.replace("NAME", name))
+    source = FolderSource(tmp_path)
+    before = source.read()
+    assert source.read() is before
+    (tmp_path / "two.yaml").write_text(
+        NODE.replace("NAME", "two").replace("192.0.2.1", "192.0.2.9")
+    )
+    after = source.read()
+    assert after.nodes["one"] is before.nodes["one"]
+    assert after.pods is before.pods
+    assert after.since is not None
+    assert after.since.changed == {"nodes": frozenset({"two"})}
+    assert after.changed(before, "nodes") == {"two"}
+    assert after.changed(Objects(), "nodes") == {"one", "two", "three"}
+    (tmp_path / "three.yaml").unlink()
+    last = source.read()
+    assert last.changed(after, "nodes") == {"three"}
+    assert last.changed(before, "nodes") == {"two", "three"}, "older snapshots are compared"
+
+
+def test_the_last_file_has_an_object_and_leaves_it_to_the_one_before(tmp_path):
+    for name, address in (("a", "192.0.2.1"), ("b", "192.0.2.2")):
+        text = NODE.replace("NAME", "one").replace("192.0.2.1", address)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    source = FolderSource(tmp_path)
+    assert str(source.read().nodes["one"].internal_ip(4)) == "192.0.2.2"
+    (tmp_path / "b.yaml").unlink()
+    assert str(source.read().nodes["one"].internal_ip(4)) == "192.0.2.1"
+    (tmp_path / "a.yaml").unlink()
+    assert not source.read().nodes
+
+
+def test_a_file_that_is_being_written_lifts_nothing(tmp_path):
+    path = tmp_path / "nodes.yaml"
+    whole = NODE.replace("NAME", "one") + "---\n" + NODE.replace("NAME", "two")
+    path.write_text(whole)
+
+    async def follow():
+        changes = FolderSource(tmp_path).changes()
+        assert set((await anext(changes)).nodes) == {"one", "two"}
+        path.write_text("")  # an editor truncates ...
+        waiting = asyncio.ensure_future(anext(changes))
+        await asyncio.sleep(0.03)
+        assert not waiting.done()
+        path.write_text(whole + "---\n" + NODE.replace("NAME", "three"))  # ... and writes
+        objects = await asyncio.wait_for(waiting, 10)
+        assert set(objects.nodes) == {"one", "two", "three"}
+        path.write_text(NODE.replace("NAME", "two"))  # this is meant
+        objects = await asyncio.wait_for(anext(changes), 10)
+        assert set(objects.nodes) == {"two"}
         await changes.aclose()
 
     asyncio.run(follow())
