@@ -46,7 +46,6 @@ class _File:
     mark: Mark
     objects: dict[Place, Any] = field(default_factory=dict)
     others: tuple[Any, ...] = ()
-    errors: dict[str, str] = field(default_factory=dict)
     good: bool = False  # it has been read without an error
 
 
@@ -60,6 +59,7 @@ class FolderSource:
         self._files: dict[Path, _File] = {}
         self._owners: dict[Place, tuple[Path, ...]] = {}  # of each object; the last one wins
         self._objects = Objects()
+        self._broken: dict[Path, dict[str, str]] = {}  # errors of files
         self._unsettled: dict[Path, tuple[Mark | None, float]] = {}  # files that lost objects
 
     def read(self) -> Objects:
@@ -80,6 +80,7 @@ class FolderSource:
             known = self._files.get(path)
             if mark is None:
                 if known is not None and self._may_lose(path, mark, settled):
+                    self._broken.pop(path, None)
                     others |= self._replace(path, None, changed)
             elif known is None or known.mark != mark:
                 others |= self._take(path, mark, changed, settled)
@@ -99,10 +100,12 @@ class FolderSource:
             errors = [refused]
         except (OSError, ValueError) as error:  # ValueError: no UTF-8
             errors = [Refused(f"cannot be read: {error}")]
+        self._broken.pop(path, None)
         for one in errors:
-            fresh.errors.setdefault(f"{path}:{one.line}" if one.line else str(path), str(one))
+            where = f"{path}:{one.line}" if one.line else str(path)
+            self._broken.setdefault(path, {}).setdefault(where, str(one))
         if errors and known is not None and (known.good or not found):
-            known.mark, known.errors = mark, fresh.errors
+            known.mark = mark
             return False
         fresh.good = not errors
         fresh.objects = {(name, key): one for name, key, one in found if key is not None}
@@ -173,8 +176,8 @@ class FolderSource:
         self.errors = {}
         if not self.folder.is_dir():
             self.errors[str(self.folder)] = "no such folder: create it or set source.folder"
-        for _, file in sorted(self._files.items()):
-            self.errors.update(file.errors)
+        for _, errors in sorted(self._broken.items()):
+            self.errors.update(errors)
 
     async def changes(self) -> AsyncIterator[Objects]:
         """Yield the objects now and after every change; ends never."""
