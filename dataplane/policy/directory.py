@@ -11,7 +11,6 @@ an endpoint whose Pod object is not there only the namespace is known.
 """
 
 from collections.abc import Iterable, Mapping
-from ipaddress import ip_address
 
 from dataplane.objects.collect import Objects, diff
 from dataplane.objects.core import Node, Pod
@@ -37,7 +36,7 @@ from dataplane.policy.labels import (
 from dataplane.policy.networks import Roles
 from dataplane.policy.options import LocalEndpoint, LocalView
 from dataplane.policy.partition import Partition
-from dataplane.policy.prefixes import BITS, CLUSTER, KEEP, key, number_of
+from dataplane.policy.prefixes import CLUSTER, KEEP, address_of, key, number_of
 from xdp.abi import value
 
 Owner = tuple[int, str, str]  # rank, namespace, name
@@ -350,7 +349,7 @@ class Directory:
         found = []
         for address in sorted(self._contested)[:TOLD_MOST]:
             names = [self._records[one][address].name for one in self._claims[address]]
-            text = f"address {shown(address)} is claimed by {' and '.join(names)}"
+            text = f"address {address_of(*address)} is claimed by {' and '.join(names)}"
             found.append(f"{text}: policy takes it for the first; correct status.podIPs")
         if len(self._contested) > TOLD_MOST:
             found.append(f"{len(self._contested)} addresses are claimed by several in all")
@@ -368,9 +367,3 @@ class Directory:
         """Return who holds an address."""
         claims = self._claims.get(address)
         return self._records[claims[0]][address] if claims else None
-
-
-def shown(address: Address) -> str:
-    """Return an address (family, value) as people write it."""
-    family, number = address
-    return str(ip_address(number.to_bytes(BITS[family] // 8, "big")))

@@ -15,24 +15,27 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dataplane.objects.collect import Objects
 from dataplane.policy import adopt
 from dataplane.policy.backends import Backends
 from dataplane.policy.directory import Directory
 from dataplane.policy.distil import Distiller, Turn
+from dataplane.policy.explain import Explainer
+from dataplane.policy.lint import Linter
 from dataplane.policy.options import LocalView, PolicyOptions
 from dataplane.policy.partition import Partition
 from dataplane.policy.parts import Parts
 from dataplane.policy.publish import NoRow, Prepared, Publisher
 from dataplane.policy.rulebook import Rulebook
 from dataplane.policy.subjects import Subjects
+from dataplane.policy.why import Why, question
 from dataplane.tables.errors import TableFull
 from dataplane.tables.policies import CLOSED, OPEN, PolicyWriter
 from xdp.abi import value
 
 RETRY_S = 5.0  # what was refused is tried again so often, if something changed
-FREEZE = 20_000  # objects from which on the garbage collector is kept away from them
 TOLD_MOST = 10  # pods whose refusal is told one by one
 HOST_IDENTITY = value("IDENTITY_HOST")
 
@@ -64,9 +67,10 @@ class PolicyEngine:
         self.parts = Parts(self.partition.selection, self.book, options)
         self.subjects = Subjects(options)
         self.distiller = Distiller(self.partition, self.parts, self.subjects, options.entries_max)
-        self._publisher = Publisher(self._writer, self.partition)
+        self._publisher = Publisher(self._writer, self.partition, self.book)
         self._first = True
         self._retry_at = 0.0
+        self._explainer: Explainer | None = None
 
     @property
     def objects(self) -> Objects:
@@ -119,8 +123,9 @@ class PolicyEngine:
             changed |= self._set_host(host_before, local.host_port)
             if self._purge() or changed:
                 self._writer.rejudge()
-        if self._first and len(self.parts) + len(self.partition.members) > FREEZE:
-            gc.freeze()  # these stay: a full collection would stop the agent for a second
+        if self._first:
+            self.book.release_all_but(self.parts.rules())
+        self.book.flush()
         self._first = False
         self._problems = self._say()
 
@@ -210,6 +215,20 @@ class PolicyEngine:
     def ready_for(self, port: int) -> bool:
         """Return whether an endpoint's policy is in force: its pod may send and receive."""
         return port in self.distiller.of_port
+
+    def explainer(self) -> Explainer:
+        """Return who explains the objects that are in force."""
+        if self._explainer is None or self._explainer.objects is not self._objects:
+            self._explainer = Explainer(self._objects, self.options, self._local)
+        return self._explainer
+
+    def why(self, source: str, target: str, what: str) -> dict[str, Any]:
+        """Return whether one may talk to another, and why; what: PORT/PROTOCOL. Raises Unknown."""
+        return Why(self.explainer()).answer(question(source, target, what))
+
+    def lint(self) -> list[dict[str, str]]:
+        """Return what is surprising in the policies."""
+        return [one.plain() for one in Linter(self.explainer()).findings()]
 
     def close(self) -> None:
         """Close the book of rules."""

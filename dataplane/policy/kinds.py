@@ -110,6 +110,13 @@ class Kind:
         self.group: Group | None = None
         self.row = 0  # 0: it has none yet
 
+    @property
+    def labels(self) -> Labels:
+        """What its identity's number stands for."""
+        if self.node is None or self.number != self.node.number:
+            return self.identity.labels
+        return {f"cidr:{self.node}": "", **self.identity.labels}
+
 
 class Group:
     """Kinds that no selector in use tells apart. number 0: no selector fits them."""

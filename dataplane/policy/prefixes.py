@@ -12,7 +12,7 @@ is found by trying the lengths in use; a node has as many as policies have writt
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from ipaddress import ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
 from dataplane.objects.manifest import Address, Cidr
@@ -44,14 +44,11 @@ class Node:
     @property
     def cidr(self) -> Cidr:
         """The prefix as a network."""
-        return ip_network((self.value, self.length)) if self.family == 4 else _six(self)
+        make = IPv4Network if self.family == 4 else IPv6Network
+        return make((self.value, self.length))
 
     def __str__(self) -> str:
         return str(self.cidr)
-
-
-def _six(node: Node) -> Cidr:
-    return ip_network((node.value.to_bytes(16, "big"), node.length))
 
 
 def key(cidr: Cidr) -> tuple[int, int]:
@@ -168,3 +165,8 @@ class Numbers:
 def number_of(address: Address) -> tuple[int, int]:
     """Return family and value of an address."""
     return address.version, int(address)
+
+
+def address_of(family: int, number: int) -> Address:
+    """Return the address of a family and value."""
+    return IPv4Address(number) if family == 4 else IPv6Address(number)

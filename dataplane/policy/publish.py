@@ -19,6 +19,7 @@ from dataplane.policy.distil import Turn
 from dataplane.policy.kinds import Group, Kind
 from dataplane.policy.partition import Member, Partition, Regrouped
 from dataplane.policy.rows import Row
+from dataplane.policy.rulebook import Rulebook
 from dataplane.policy.subjects import Subjects
 from dataplane.tables.entries import Batch, Plan
 from dataplane.tables.errors import TableFull
@@ -43,9 +44,9 @@ class Prepared:
 class Publisher:
     """Writes turns by a PolicyWriter."""
 
-    def __init__(self, writer: PolicyWriter, partition: Partition) -> None:
-        """Nothing of what stands is known to be ours yet."""
-        self._writer, self._partition = writer, partition
+    def __init__(self, writer: PolicyWriter, partition: Partition, book: Rulebook) -> None:
+        """book: where the labels of identities are kept for people."""
+        self._writer, self._partition, self._book = writer, partition, book
         self._next_group = 1
         self._unplaced: dict[Member, str] = {}  # what found no room -> why
 
@@ -203,6 +204,7 @@ class Publisher:
         except TableFull:
             return  # _map() says so
         self._writer.set_peer(kind.row, kind.number, kind.group.number, kind.flags)
+        self._book.identity(kind.number, kind.labels)
 
     def _map(self, member: Member, kind: Kind) -> bool:
         family, address, length = member

@@ -1,4 +1,4 @@
-"""Numbers of rules, and what each number stands for.
+"""Numbers of rules, and what each number stands for; and labels of identities.
 
 Rule: a number is in the book before a verdict word with it is in a table; it keeps its meaning
 while anything may still show it.
@@ -14,18 +14,21 @@ KEPT of them, because flows still name them; older ones are given out again.
 import json
 import sqlite3
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 KEPT = 65536
 NUMBER_MOST = (1 << 24) - 1
-_TABLE = """create table if not exists rules (
-  number integer primary key,
-  key text not null unique,
-  about text not null,
-  gone integer not null default 0
-)"""
+_TABLES = (
+    """create table if not exists rules (
+      number integer primary key,
+      key text not null unique,
+      about text not null,
+      gone integer not null default 0
+    )""",
+    "create table if not exists identities (number integer primary key, labels text not null)",
+)
 _WRITE = """insert into rules (number, key, about) values (?, ?, ?)
   on conflict (number) do update set key = excluded.key, about = excluded.about"""
 
@@ -56,6 +59,9 @@ class Rulebook:
         self._texts: dict[int, str] = {}
         self._orders: dict[int, int] = {}
         self._deleted: dict[int, None] = {}
+        known = self._database.execute("select number, labels from identities")
+        self._labels = {number: hash(labels) for number, labels in known}
+        self._named: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._numbers) - len(self._gone)
@@ -97,6 +103,13 @@ class Rulebook:
         self._deleted[number] = None
         self._free.append(number)
 
+    def identity(self, number: int, labels: Mapping[str, str]) -> None:
+        """Keep what an identity's number stands for."""
+        text = json.dumps(labels, sort_keys=True)
+        if self._labels.get(number) != hash(text):
+            self._labels[number] = hash(text)
+            self._named[number] = text
+
     def release_all_but(self, used: Iterable[int]) -> None:
         """Release every number that is not among these."""
         for number in self._keys.keys() - set(used) - self._gone.keys():
@@ -104,7 +117,7 @@ class Rulebook:
 
     def flush(self) -> None:
         """Write what changed."""
-        if not (self._texts or self._orders or self._deleted):
+        if not (self._texts or self._orders or self._deleted or self._named):
             return
         with self._database as database:
             gone = [(number,) for number in self._deleted]
@@ -113,7 +126,9 @@ class Rulebook:
             database.executemany(_WRITE, texts)
             orders = [(order, number) for number, order in self._orders.items()]
             database.executemany("update rules set gone = ? where number = ?", orders)
-        self._texts, self._orders, self._deleted = {}, {}, {}
+            named = self._named.items()
+            database.executemany("insert or replace into identities values (?, ?)", named)
+        self._texts, self._orders, self._deleted, self._named = {}, {}, {}, {}
 
     def about(self, number: int) -> dict[str, Any] | None:
         """Return what a number stands for, also one that is gone lately."""
@@ -130,7 +145,8 @@ def _open(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, check_same_thread=False)
     database.execute("pragma journal_mode = wal")
     database.execute("pragma synchronous = off")
-    database.execute(_TABLE)
+    for table in _TABLES:
+        database.execute(table)
     return database
 
 
@@ -152,4 +168,16 @@ def attributions(
         row = database.execute("select about from rules where number = ?", (number,)).fetchone()
         if row:
             found[number] = json.loads(row[0])
+    return found
+
+
+def labels(database: sqlite3.Connection | None, numbers: Iterable[int]) -> dict[int, Any]:
+    """Return the labels of identities, those of them that are known."""
+    found: dict[int, Any] = {}
+    if database is None:
+        return found
+    wanted = set(numbers)
+    for number, text in database.execute("select number, labels from identities"):
+        if number in wanted:
+            found[number] = json.loads(text)
     return found
