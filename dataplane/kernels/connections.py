@@ -304,8 +304,9 @@ def allocate(index, records, words, nat_ports, counters):
     """
     first, limit = load64(words + FIRST * 8), load64(words + LIMIT * 8)
     most, tick = load64(words + MOST * 8), load64(words + TICK * 8)
-    hand, saved = load64(words + HAND * 8), load64(words + SAVED * 8)
-    victim = np.int64(-1)
+    start, saved = load64(words + HAND * 8), load64(words + SAVED * 8)
+    hand = start
+    victim = far = np.int64(-1)
     least = np.int64(1) << 40
     steps = SCAN
     if limit == most:
@@ -329,7 +330,7 @@ def allocate(index, records, words, nat_ports, counters):
             rank = _rank(record, tick)
             if rank < least:
                 least = rank
-                victim = number
+                victim, far = number, n
     store64(words + HAND * 8, hand)
     store64(words + SAVED * 8, saved - (steps - SCAN))
     if limit < most:
@@ -343,6 +344,9 @@ def allocate(index, records, words, nat_ports, counters):
     if victim >= 0 and swap32(records + victim * RECORD + OWNER, LIVE, CLAIMED):
         mask = load64(words + MASK * 8)
         unlink(index, records, mask, victim, nat_ports)
+        # The others that it has seen are seen again: else a hand that comes round to many that
+        # stay every few evictions would refuse as often as it evicts.
+        store64(words + HAND * 8, (start + (1 if far < SCAN else far + 1)) % limit)
         store64(counters + EVICTED_COUNTER, load64(counters + EVICTED_COUNTER) + 1)
         return victim
     return np.int64(-1)
