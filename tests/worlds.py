@@ -9,6 +9,7 @@ and services are written by tests/agent.py. A world may have several workers (`l
 table of connections.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -292,6 +293,13 @@ class World:
         start = int(b.address[i]) - self.area.ctypes.data
         data = self.area[start : start + int(b.length[i])].tobytes()
         return Result(int(b.verdict[i]), int(b.reason[i]), int(b.egress[i]), data)
+
+    def beside(self) -> "World":
+        """Another vector over the same tables, for a thread of its own."""
+        other = copy(self)
+        other.batch = make_batch()
+        other.area = np.full(STRIDE * CONST["VECTOR_MAX"], FILL, np.uint8)
+        return other
 
     def close(self) -> None:
         """Let go of shared memory."""

@@ -139,6 +139,20 @@ def test_a_flood_over_a_full_table_costs_few_steps():
         assert n == 0 or moved == c.SCAN
 
 
+def test_a_full_table_refuses_only_where_nobody_can_go():
+    """Half stays, side by side; the other half is a flood that gives way to itself."""
+    table = Table(1024, limit=1024)
+    for n in range(1024):
+        table.make(n, state="ESTABLISHED" if n < 512 else "SYN_SENT", idle=1)
+    refused = 0
+    for n in range(2000):
+        table.tick(table.now + 1)
+        number = table.make(5000 + n, state="SYN_SENT")
+        assert number == -1 or number >= 512
+        refused += number < 0
+    assert refused < 100
+
+
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_workers_take_from_their_own_part(workers):
     table = Table(workers=workers)
