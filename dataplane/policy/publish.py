@@ -2,11 +2,12 @@
 
 Rule: at every moment a packet meets the old policy, the new one, or a stricter one.
 
-Theory. The order of a turn: entries (denies, then allows), words of policy rows, rows of peers and
-their groups, addresses (longer prefixes first, so that an exception is there before its block),
-subjects; then what nobody points to any more goes: addresses (shorter prefixes first), entries,
-rows. Each kind of peer has a row; its group changes in place by one word, so that a group of ten
-thousand pods moves with one store. What did not fit is told and tried again in the next turn.
+Theory. The order of a turn: entries (denies, then allows), rows of peers and their groups,
+addresses (longer prefixes first, so that an exception is there before its block), what policy rows
+say of the rest, subjects; then what nobody points to any more goes: addresses (shorter prefixes
+first), entries, rows. Each kind of peer has a row; its group changes in place by one word, so that
+a group of ten thousand pods moves with one store. What did not fit is told and tried again in the
+next turn.
 """
 
 from collections.abc import Iterable
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dataplane.policy.chains import ACTION, DENY
 from dataplane.policy.distil import Turn
 from dataplane.policy.kinds import Group, Kind
 from dataplane.policy.partition import Member, Partition, Regrouped
-from dataplane.policy.rows import Row
+from dataplane.policy.rows import Draft, Row
 from dataplane.policy.rulebook import Rulebook
 from dataplane.policy.subjects import Subjects
 from dataplane.tables.entries import Batch, Plan
@@ -125,10 +127,29 @@ class Publisher:
         writer.entries.write(prepared.plan)
         changed = bool(prepared.plan.steps)
         for row, draft in turn.drafts.items():
+            changed |= self._begin_words(row.number, draft)
+        changed |= self.publish_peers(regrouped, heritage)
+        for row, draft in turn.drafts.items():
             words = draft.bits(), draft.otherwise(), draft.flags
             changed |= writer.set_policy(row.number, *words)
-        changed |= self.publish_peers(regrouped, heritage)
         return changed
+
+    def _begin_words(self, number: int, draft: Draft) -> bool:
+        """Write what is said of the rest as far as it may be true before the peers have moved.
+
+        A row that nobody has yet can say it all. In a row that stands, what is allowed stays so
+        until the peers have the groups for which the new rules hold; but not where deny rules go
+        at the same time, which would leave a gap: then it is stricter for a moment.
+        """
+        old = self._writer.otherwise(number)
+        new = draft.otherwise()
+        if not any(old):
+            return self._writer.set_policy(number, draft.bits(), new, draft.flags)
+        first = tuple(
+            new[d] if new[d] & ACTION == DENY and draft.loses_denies(d) else old[d] for d in (0, 1)
+        )
+        flags = self._writer.flags(number)
+        return self._writer.set_policy(number, draft.bits(), (first[0], first[1]), flags)
 
     def publish_subjects(
         self, after: dict[int, Row | None], subjects: Subjects, ports: Iterable[int]

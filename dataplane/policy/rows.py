@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dataplane.objects.policies import EGRESS, INGRESS
-from dataplane.policy.chains import ALLOW, Chain, chain
+from dataplane.policy.chains import ACTION, ALLOW, DENY, Chain, chain
 from dataplane.policy.kinds import Group, NamedPort
 from dataplane.policy.parts import Hold, Part, resolved
 from xdp.abi import CONST
@@ -225,6 +225,13 @@ class Draft:
         """Return the verdict words of what no rule fits."""
         ingress, egress = (ALLOW if part is None else part.verdict for part in self.rest)
         return ingress, egress
+
+    def loses_denies(self, direction: int) -> bool:
+        """Return whether deny rules of a direction go, or may: nothing is known of the row."""
+        if not self.row.stands:
+            return True
+        gone = (part for part in self.removed if part.direction == direction)
+        return any(part.verdict & ACTION == DENY for part in gone)
 
     def bits(self) -> tuple[int, int]:
         """Return depths that are in use before or after."""

@@ -159,6 +159,15 @@ class PolicyWriter:
             place[name] = word
         return True
 
+    def otherwise(self, row: int) -> tuple[int, int]:
+        """Return what a policy row says of the rest, by direction."""
+        place = self.shm.policies[row]
+        return int(place["ingress_otherwise"]), int(place["egress_otherwise"])
+
+    def flags(self, row: int) -> int:
+        """Return the flags of a policy row."""
+        return int(self.shm.policies[row]["flags"])
+
     def widen(self, row: int, depths: tuple[int, int]) -> None:
         """Have readers look for entries of these depths too; what is said of the rest stays."""
         place = self.shm.policies[row]
