@@ -1,118 +1,73 @@
 """Millions of bad frames through all stages: `python -m tests.fuzz.fuzz_frames --frames 10000000`.
 
-Rule: whatever comes in, each packet ends as sent or dropped with a known reason, inside its
+Rule: whatever comes in, each packet ends as sent, held or dropped with a known reason, inside its
 frame, and nothing outside its frame is written.
 
-Theory. The vector is built by numpy from a corpus of valid frames (tests/strategies.py, and what
-the node answers) and random bytes: each frame is cut to a random length and has random bytes
-overwritten, mostly in its headers; of some only a first segment is in the frame. Tunnel packets
-come mostly from the uplink, else they would not be opened. All stages run (loop.process). Between
-vectors the invariants are checked with numpy, so that ten million frames take minutes. A failure
-prints the seed and the frame.
+Theory. The vector is built by numpy from a corpus of valid frames (corpus.py) and random bytes:
+each frame is cut to a random length and has random bytes overwritten, mostly in its headers; of
+some only a first segment is in the frame. Most come in where they belong, else they would not be
+opened or tracked. All stages run (loop.process), with policies that change, services, masquerading
+and a small table of connections. Between vectors the invariants are checked with numpy, so that ten
+million frames take minutes; of a few vectors the translated packets are summed anew, and the table
+of connections is audited (tests/records.py). A failure prints the seed and the frame.
 """
 
 import argparse
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
-from scapy.all import ARP, ICMP, IP, TCP, UDP, Ether, IPv6, Raw, raw
-from scapy.layers.inet6 import ICMPv6EchoRequest, ICMPv6ND_NS, ICMPv6NDOptSrcLLAddr
 
-from dataplane.engine import loop
-from dataplane.kernels.batch import VERDICT_DROP, VERDICT_SEND
-from tests.worlds import (
-    FAR4,
-    FAR6,
-    FILL,
-    GATEWAY_MAC,
-    HEADROOM,
-    POD4,
-    POD6,
-    POD_A,
-    POD_MACS,
-    ROUTER4,
-    ROUTER6,
-    STRIDE,
-    UPLINK,
-    World,
+from dataplane.kernels.batch import (
+    FLAG_FRAGMENT,
+    FLAG_NAT,
+    VERDICT_DROP,
+    VERDICT_HOLD,
+    VERDICT_SEND,
 )
+from tests import records
+from tests.fuzz.corpus import LONGEST, corpus
+from tests.naive.headers import Refused
+from tests.naive.packets import read
+from tests.naive.rewrite import is_right
+from tests.places import PEERS, SERVICES, read_in
+from tests.setting import ALLOW, DENY, Agent, Entry, Policy, Setting, word
+from tests.worlds import FILL, HEADROOM, POD_A, POD_B, STRIDE, World
 from xdp.abi import CONST, REASON_TEXT, value
 
 VECTOR = CONST["VECTOR_MAX"]
-LONGEST = 256
 PORTS_USED = 4
-L2 = Ether(src=POD_MACS[POD_A].hex(":"), dst=GATEWAY_MAC.hex(":"))
 RATE = 100_000  # answers a second; a vector takes a millisecond, so some are refused
+RECORDS = 1024
+CHANGE, SUM, AUDIT = 64, 32, 1024  # vectors between changes, sums, audits
 
-
-def corpus(world: World) -> tuple[list[bytes], list[bytes]]:
-    """Return valid frames of every kind, and tunnel packets that node 2 sends."""
-    from hypothesis import HealthCheck, Phase, given, seed, settings
-
-    from tests.strategies import valid
-
-    found: list[bytes] = []
-
-    @seed(1)
-    @settings(
-        max_examples=400,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(valid)
-    def gather(frame: bytes) -> None:
-        found.append(frame[:LONGEST])
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gather()
-    return found + _controls(), _tunnelled(world) if world.tunnel else []
-
-
-def _controls() -> list[bytes]:
-    """Return what the node answers: ARP, neighbour solicitations, pings; often, to be chosen."""
-    four = IP(src=str(POD4[POD_A]), dst=str(ROUTER4))
-    six = IPv6(src=str(POD6[POD_A]), dst=str(ROUTER6))
-    packets = [
-        ARP(hwsrc=L2.src, psrc=four.src, pdst=four.dst),
-        six / ICMPv6ND_NS(tgt=six.dst) / ICMPv6NDOptSrcLLAddr(lladdr=L2.src),
-        four / ICMP(id=1) / Raw(bytes(range(56))),
-        six / ICMPv6EchoRequest(data=bytes(range(56))),
-    ]
-    return [raw(L2 / packet) for packet in packets] * 10
-
-
-def _tunnelled(world: World) -> list[bytes]:
-    """Return what node 2 sends through the tunnel to pod A; often, to be chosen."""
-    found = []
-    for ip in (
-        IP(src=str(POD4[POD_A]), dst=str(FAR4[9])),
-        IPv6(src=str(POD6[POD_A]), dst=str(FAR6[9])),
-    ):
-        for packet in (UDP(sport=9, dport=53), TCP(sport=9, dport=80), ICMP(), Raw(bytes(40))):
-            result = world.one(POD_A, raw(L2 / ip / packet / Raw(b"data")))
-            assert result.sent
-            found.append(_returned(result.frame))
-    return found * 20
-
-
-def _swapped(frame: bytes, at: int) -> bytes:
-    """Exchange the addresses of the IP packet at `at`; checksums stay right."""
-    first, size = (at + 12, 4) if frame[at] >> 4 == 4 else (at + 8, 16)
-    second, end = first + size, first + 2 * size
-    return frame[:first] + frame[second:end] + frame[first:second] + frame[end:]
-
-
-def _returned(frame: bytes) -> bytes:
-    """A tunnel packet of ours as node 2 would send it back."""
-    inner = 14 + (20 if frame[14] >> 4 == 4 else 40) + 8 + 8 + 14
-    return _swapped(_swapped(frame, 14), inner)
+SETTINGS = [
+    Setting(peers=PEERS, services=SERVICES, masquerade=True),
+    Setting(
+        peers=PEERS,
+        policies={
+            POD_A: Policy(egress=(Entry(word(DENY, 1, "RESET"), 2, 6, 80, 16),)),
+            POD_B: Policy(
+                ingress=(Entry(word(ALLOW, 2), 1), Entry(word(DENY, 3), 0, 17)),
+                ingress_otherwise=word(DENY, 4, "ICMP"),
+            ),
+        },
+        services=SERVICES[: len(SERVICES) // 2],
+        masquerade=True,
+        nat=(41000, 2),
+    ),
+    Setting(
+        peers=PEERS,
+        policies={
+            POD_A: Policy(egress_otherwise=word(DENY, 5), flags=CONST["POLICY_AUDIT"]),
+            POD_B: None,
+        },
+        services=SERVICES,
+        flags=CONST["NODE_POLICY_HAIRPIN"],
+    ),
+]
 
 
 class Fuzzer:
@@ -120,17 +75,19 @@ class Fuzzer:
 
     def __init__(self, world: World, seed: int) -> None:
         """seed: of numpy's generator; the same seed gives the same frames."""
-        self.world = world
+        self.world, self.agent = world, Agent(world)
         self.random = np.random.default_rng(seed)
-        plain, tunnelled = corpus(world)
-        frames = plain + tunnelled
-        self.from_uplink = np.arange(len(frames)) >= len(plain)
+        self.agent.write(SETTINGS[0])
+        frames = corpus(world)
+        world.forget()
+        self.homes = np.array([port for port, _ in frames])
         self.frames = np.zeros((len(frames), LONGEST), np.uint8)
-        self.lengths = np.array([len(frame) for frame in frames])
-        for row, frame in zip(self.frames, frames, strict=True):
+        self.lengths = np.array([len(frame) for _, frame in frames])
+        for row, (_, frame) in zip(self.frames, frames, strict=True):
             row[: len(frame)] = np.frombuffer(frame, np.uint8)
         self.area = world.area.reshape(VECTOR, STRIDE)
         self.reasons: dict[int, int] = {}
+        self.summed = 0
 
     def vector(self) -> np.ndarray:
         """Fill the area with a vector of mutated frames; return their lengths."""
@@ -151,54 +108,108 @@ class Fuzzer:
         b = self.world.batch
         base = np.arange(VECTOR) * STRIDE
         b.count[0] = VECTOR
+        b.area[0] = self.world.area.ctypes.data
         self.world.now += 1_000_000
         b.now_ns[0] = self.world.now
-        b.frame[:] = base
-        b.address[:] = self.world.area.ctypes.data + base + HEADROOM
-        b.length[:] = lengths
-        b.total[:] = np.maximum(lengths, totals)
+        b.frame[:VECTOR] = base
+        b.address[:VECTOR] = self.world.area.ctypes.data + base + HEADROOM
+        b.length[:VECTOR] = lengths
+        b.total[:VECTOR] = np.maximum(lengths, totals)
         b.segments[:] = b.total > b.length
+        b.segment_length[:VECTOR] = (b.total - b.length)[:VECTOR]  # a continuation's bytes: its own
+        b.segment_first[:VECTOR] = np.arange(VECTOR)
+        b.segment_frame[:VECTOR], b.segment_offset[:VECTOR] = base, HEADROOM + LONGEST
         ports = random.integers(0, PORTS_USED, VECTOR)
-        outside = self.from_uplink[chosen] & (random.random(VECTOR) < 0.9)
-        b.ingress[:] = np.where(outside, UPLINK, ports)
+        at_home = (self.homes[chosen] >= 0) & (random.random(VECTOR) < 0.95)
+        b.ingress[:VECTOR] = np.where(at_home, self.homes[chosen], ports)
         b.egress[:] = -1
-        for column in (b.verdict, b.reason, b.kind, b.flags, b.adjacency):
+        for column in (b.verdict, b.reason, b.kind, b.flags, b.adjacency, b.identity, b.refusal):
             column[:] = 0
         return lengths
 
     def check(self, lengths: np.ndarray) -> None:
         """Raise AssertionError when an invariant does not hold."""
         b = self.world.batch
-        done = (b.verdict == VERDICT_SEND) | (b.verdict == VERDICT_DROP)
-        self._all(done, "a packet without a verdict")
-        self._all(np.isin(b.reason, list(REASON_TEXT)), "a reason that abi.h does not name")
-        sent = b.verdict == VERDICT_SEND
-        self._all(~sent | ((b.egress >= 0) & (b.egress < PORTS_USED)), "an egress that is no port")
-        dropped = b.reason >= value("REASON_INVALID_SOURCE_IP")
-        self._all(sent | dropped, "a drop whose reason is none")
-        start = b.address - self.world.area.ctypes.data - np.arange(VECTOR) * STRIDE
+        verdict, reason = b.verdict[:VECTOR], b.reason[:VECTOR]
+        sent, held = verdict == VERDICT_SEND, verdict == VERDICT_HOLD
+        self._all(sent | held | (verdict == VERDICT_DROP), "a packet without a verdict")
+        self._all(np.isin(reason, list(REASON_TEXT)), "a reason that abi.h does not name")
+        egress = b.egress[:VECTOR]
+        self._all(~sent | ((egress >= 0) & (egress < PORTS_USED)), "an egress that is no port")
+        dropped = reason >= value("REASON_INVALID_SOURCE_IP")
+        self._all(sent | held | dropped, "a drop whose reason is none")
+        self._all(held == (reason == value("REASON_HELD")), "held without that reason, or not held")
+        start = (b.address[:VECTOR] - self.world.area.ctypes.data) - np.arange(VECTOR) * STRIDE
         self._all(start >= HEADROOM - 128, "a packet that starts before its headroom")
-        self._all(~sent | (start + b.length <= STRIDE), "a packet that ends behind its frame")
-        self._all(~sent | (b.length >= 14), "a packet without a header")
+        length = b.length[:VECTOR]
+        self._all(~sent | (start + length <= STRIDE), "a packet that ends behind its frame")
+        self._all(~sent | (length >= 14), "a packet without a header")
         after = np.maximum(lengths, 128)[:, None] + HEADROOM <= np.arange(STRIDE)[None, :]
         self._all(((self.area == FILL) | ~after).all(axis=1), "a write behind a frame")
         self._all((self.area[:, : HEADROOM - 128] == FILL).all(axis=1), "a write before a frame")
-        for reason, count in zip(*np.unique(b.reason, return_counts=True), strict=True):
-            self.reasons[int(reason)] = self.reasons.get(int(reason), 0) + int(count)
+        for number, count in zip(*np.unique(reason, return_counts=True), strict=True):
+            self.reasons[int(number)] = self.reasons.get(int(number), 0) + int(count)
 
     def _all(self, holds: np.ndarray, what: str) -> None:
         for i in np.flatnonzero(~holds):
             raise AssertionError(f"{what}: packet {i}: {self.area[i, :512].tobytes().hex()}")
 
+    def sums(self, before: np.ndarray, lengths: np.ndarray, ports: np.ndarray) -> None:
+        """Check that translated packets whose checksums were right still have right ones."""
+        b = self.world.batch
+        whole = (b.total == b.length)[:VECTOR] & ((b.flags & FLAG_FRAGMENT) == 0)[:VECTOR]
+        sent = (b.verdict == VERDICT_SEND)[:VECTOR] & ((b.flags & FLAG_NAT) != 0)[:VECTOR]
+        for i in np.flatnonzero(whole & sent):
+            came = before[i, : lengths[i]].tobytes()
+            start = int(b.address[i]) - self.world.area.ctypes.data
+            left = self.world.area[start : start + int(b.length[i])].tobytes()
+            if len(left) > LONGEST + 100 or not self._right(read_in, int(ports[i]), came):
+                continue
+            ip = left[14:] if int(b.l3[i]) == 14 else left
+            inner = left[len(left) - int(b.ip_length[i]) :]
+            assert self._right(lambda port, data: read(port, data), 0, inner), (
+                f"a wrong checksum: packet {i}: {came.hex()} -> {ip.hex()}"
+            )
+            self.summed += 1
+
+    @staticmethod
+    def _right(reader, port: int, data: bytes) -> bool:
+        try:
+            packet = reader(port, data)
+        except (Refused, IndexError):
+            return False
+        whole = packet.data[: packet.found["ip_length"]]
+        return is_right(whole, packet.at, packet.tuple.protocol)
+
+    def audit(self) -> None:
+        """Check the table of connections, after a sweep."""
+        self.world.sweep()
+        records.audit(self.world)
+        assert len(records.live(self.world)) <= RECORDS
+
     def run(self, frames: int) -> None:
         """Send at least so many frames."""
         world = self.world
         for number in range(-(-frames // VECTOR)):
+            if number % CHANGE == CHANGE - 1:
+                self.agent.write(SETTINGS[number // CHANGE % len(SETTINGS)])
+                world.now += 10_000_000_000
             lengths = self.vector()
-            loop.process(world.batch, world.tables, world.counters)
-            loop.tally(world.batch, world.tables, world.counters)
+            summed = number % SUM == 0
+            if summed:
+                before = self.area[:, HEADROOM : HEADROOM + LONGEST].copy()
+                ports = world.batch.ingress[:VECTOR].copy()
+            world.process()
+            world.tally()
+            world.fragments.waiting["state"] = 0  # the engine would receive them again
+            world.fragments.waiting_count[0] = 0
             if number % 8 == 0 or frames <= 1_000_000:
                 self.check(lengths)
+            if summed:
+                self.sums(before, lengths, ports)
+            if number % AUDIT == AUDIT - 1:
+                self.audit()
+        self.audit()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -210,19 +221,23 @@ def main(arguments: list[str] | None = None) -> int:
     worlds = [("TUNNEL_VXLAN", 4), ("TUNNEL_GENEVE", 4), ("TUNNEL_VXLAN", 6), ("TUNNEL_NONE", 4)]
     start = time.monotonic()
     seen: dict[int, int] = {}
+    summed = 0
     for number, (tunnel, underlay) in enumerate(worlds):
         with tempfile.TemporaryDirectory(prefix="penstock-fuzz-") as folder:
-            fuzzer = Fuzzer(World(Path(folder), tunnel, underlay, RATE), options.seed + number)
+            world = World(Path(folder), tunnel, underlay, RATE, 1, RECORDS)
+            fuzzer = Fuzzer(world, options.seed + number)
             try:
                 fuzzer.run(options.frames // len(worlds))
             except AssertionError as error:
                 print(f"seed {options.seed}, {tunnel} over IPv{underlay}: {error}", file=sys.stderr)
                 return 1
+            summed += fuzzer.summed
             for reason, count in fuzzer.reasons.items():
                 seen[reason] = seen.get(reason, 0) + count
     for reason, count in sorted(seen.items(), key=lambda item: -item[1]):
         print(f"{count:>12,}  {reason:>3}  {REASON_TEXT[reason]}")
     passed = time.monotonic() - start
+    print(f"{summed:,} translated packets summed anew")
     print(f"{options.frames:,} frames in {passed:.0f} s, seed {options.seed}: no failure")
     return 0
 
