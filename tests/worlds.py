@@ -20,8 +20,9 @@ from dataplane.engine import loop
 from dataplane.engine.account import Counters, make_counters
 from dataplane.engine.conntrack import NAT_PORTS, Conntrack
 from dataplane.engine.worker import make_tables
+from dataplane.kernels.ageing import sweep
 from dataplane.kernels.batch import VERDICT_DROP, VERDICT_HOLD, VERDICT_SEND, make_batch
-from dataplane.kernels.connections import MASK, Tracker, sweep
+from dataplane.kernels.connections import MASK, Tracker
 from dataplane.kernels.fragments import Fragments, make_fragments
 from dataplane.kernels.rows import Rows
 from dataplane.tables.model import Adjacency, Port, Tunnel

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dataplane.kernels.ageing import forget, restore, sweep
 from dataplane.kernels.connections import (
     FIRST,
     HAND,
@@ -21,10 +22,7 @@ from dataplane.kernels.connections import (
     LIMIT_LEAST,
     MASK,
     MOST,
-    forget,
     make_tracker,
-    restore,
-    sweep,
 )
 from dataplane.kernels.rows import Rows
 from dataplane.tables.connection_view import Select, numbers

@@ -56,10 +56,11 @@ from dataplane.kernels.house import (
 from dataplane.kernels.nat import NO_PORT, note_exhausted, take_port
 from dataplane.kernels.parse import drop, is_echo, mix, tuple_word
 from dataplane.kernels.refuse import deny, reject
+from dataplane.kernels.rejudge import judge_again
 from dataplane.kernels.related import find_related
 from dataplane.kernels.route import lookup, peer_of
 from dataplane.kernels.service import choose, find_frontend, may_come
-from dataplane.kernels.states import SYN_SENT, first_state
+from dataplane.kernels.states import first_state
 from dataplane.kernels.track import count, is_new, settle, translated
 from dataplane.kernels.verdict import judge_both
 from xdp.abi import CONST, value
@@ -70,7 +71,6 @@ ADJACENCY_HOST = value("ADJACENCY_HOST")
 ADJACENCY_GATEWAY = value("ADJACENCY_GATEWAY")
 ADJACENCY_NEXTHOP = value("ADJACENCY_NEXTHOP")
 ADJACENCY_TUNNEL = value("ADJACENCY_TUNNEL")
-BACKEND_EMPTY = value("BACKEND_EMPTY")
 
 CT_INVALID = value("REASON_CT_INVALID")
 INSERTION_FAILED = value("REASON_CT_INSERTION_FAILED")
@@ -342,53 +342,6 @@ def _first(b, t, k, i, number):
 
 
 @inline
-def _backend_is_gone(t, number):
-    """Whether a connection that can still move has lost the backend that it was given."""
-    c = t.connections[number]
-    if c.service == 0:
-        return False
-    protocol = np.int64(c.word >> np.uint64(8)) & 0xFF
-    if protocol == wire.TCP and c.state != SYN_SENT:
-        return False
-    row = t.backends[c.backend]
-    port = np.int64(c.reply_word >> np.uint64(48))
-    same = row.hi == c.reply_source_hi and row.lo == c.reply_source_lo and row.port == port
-    return row.state == BACKEND_EMPTY or not same
-
-
-@inline
-def _judge_again(t, k, number):
-    """Judge a live connection by the present policies; False when it has to be made anew."""
-    if _backend_is_gone(t, number):
-        return False
-    c = t.connections[number]
-    protocol = np.int64(c.word >> np.uint64(8)) & 0xFF
-    kind = np.int64(c.word & np.uint64(0xFF))
-    port = np.int64(c.reply_word >> np.uint64(48))
-    if protocol == wire.ICMP or protocol == wire.ICMP6:
-        port = np.int64(c.icmp_type)
-    verdict = judge_both(
-        t, kind, c.source_hi, c.source_lo, c.reply_source_hi, c.reply_source_lo,
-        protocol, port, np.int64(c.source_identity),
-    )  # fmt: skip
-    k.counters[0].rejudged += np.uint64(1)
-    flags = np.int64(c.flags) & ~(DENIED | AUDITED)
-    if verdict.reason:
-        if not c.flags & DENIED:
-            k.counters[0].cut += np.uint64(1)
-        flags |= DENIED
-        c.reason, c.refusal = verdict.reason, verdict.word
-    if verdict.audited:
-        flags |= AUDITED
-    c.egress_rule, c.ingress_rule = verdict.egress, verdict.ingress
-    c.source_identity = t.peers[verdict.source].identity
-    c.target_identity = t.peers[verdict.target].identity
-    c.flags = flags
-    c.generation = k.words[JUDGEMENT]
-    return True
-
-
-@inline
 def _relate(b, t, k, i):
     """Let an ICMP error pass with the connection that it is about, or drop it."""
     found = find_related(b, t, k, i)
@@ -404,7 +357,7 @@ def _relate(b, t, k, i):
     if not _comes_back(b, t, i, record + way * LINE):
         drop(b, i, CT_INVALID)
         return
-    if t.connections[number].generation != k.words[JUDGEMENT] and not _judge_again(t, k, number):
+    if t.connections[number].generation != k.words[JUDGEMENT] and not judge_again(t, k, number):
         drop(b, i, CT_INVALID)
         return
     flags = load8(record + FLAGS)
@@ -472,7 +425,7 @@ def _one(b, t, k, i):
     if number >= 0:
         record = t.connections.address + number * RECORD
         stale = load32(record + GENERATION) != k.words[JUDGEMENT]
-        if not is_new(b, i, record) and (not stale or _judge_again(t, k, number)):
+        if not is_new(b, i, record) and (not stale or judge_again(t, k, number)):
             if settle(b, i, record, b.way[i], k.words[TICK]):
                 return
         else:

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from dataplane.kernels import ageing
 from dataplane.kernels import connections as c
 from dataplane.kernels.rows import Rows
 from tests.connection_table import (
@@ -171,7 +172,7 @@ TIMEOUTS[: len(STATES)] = [10 + 7 * n for n in range(len(STATES))]
 
 def swept(table: Table, tick: int) -> tuple[int, int, int]:
     rows = (table.t.records, table.t.index, Rows(table.ports), Rows(TIMEOUTS))
-    return c.sweep(*rows, table.mask, 0, len(table.records), tick)
+    return ageing.sweep(*rows, table.mask, 0, len(table.records), tick)
 
 
 @pytest.mark.parametrize("start", [1000, (1 << 32) - 300, (1 << 31) - 300, (1 << 32) + 100])
@@ -229,7 +230,7 @@ def test_a_restart_indexes_what_stands_and_counts_ports_again():
     table.index[:] = 0
     table.ports[:] = 0
     rows = (table.t.records, table.t.index, Rows(table.ports))
-    live, end = c.restore(*rows, table.mask, 0, RECORDS)
+    live, end = ageing.restore(*rows, table.mask, 0, RECORDS)
     assert (live, end) == (48, 60)
     assert table.words() == 96
     assert table.ports.sum() == 48
