@@ -66,7 +66,12 @@ def from_pod(port: int, frame: bytes, firsts: set) -> tuple[str, int | None] | N
         lambda n: ip_address(n.to_bytes(16, "big")))  # fmt: skip
     source, target = make(found["source"]), make(found["target"])
     own = w.POD4[port] if four else w.POD6[port]
+    datagram = (source, target, found["protocol"] if four else 0, found["identification"])
     if not four and found["protocol"] == 58:
+        if source == own and not target.is_multicast and found["fragment"]:
+            if found["later"] and datagram not in firsts:
+                return "HELD", None
+            firsts.add(datagram)
         return None
     multicast = int(target) >> 28 >= 14 if four else target.is_multicast
     if source != own:
@@ -76,7 +81,6 @@ def from_pod(port: int, frame: bytes, firsts: set) -> tuple[str, int | None] | N
         return "ENCAPSULATION_PROHIBITED", None
     if multicast:
         return "MULTICAST", None
-    datagram = (source, target, found["protocol"], found["identification"])
     if found["later"] and datagram not in firsts:
         return "HELD", None
     if found["fragment"]:
