@@ -41,6 +41,14 @@ def _endpoints(config: Any) -> list[Any]:
     return list(Endpoints(config.state_dir))
 
 
+def _table(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...]) -> None:
+    """Print rows; for people, numbers that are names have no commas."""
+    if output != "json":
+        named = ("identity", "group", "port")
+        rows = [{k: str(v) if k in named else v for k, v in row.items()} for row in rows]
+    show(rows, output, columns)
+
+
 def _ports(shm: Any) -> dict[str, int]:
     """Address of a pod of this node -> its port."""
     from dataplane.tables import view
@@ -89,7 +97,8 @@ def get(config: Any, path: Path | None, pod: str | None, output: str) -> None:
     if output == "json":
         show(list(rows.values()), output)
     elif pod is None:
-        show(_summary(rows), output, ("port", "pod", "addresses", "identity", "state", "entries"))
+        columns = ("port", "pod", "addresses", "identity", "state", "entries")
+        _table(_summary(rows), output, columns)
     else:
         for one in rows.values():
             _print_policy(one)
@@ -109,7 +118,7 @@ def _print_policy(one: dict[str, Any]) -> None:
     for name, rest in policy["otherwise"].items():
         click.echo(f"  {name}: the rest is {_said(rest)}")
     if policy["entries"]:
-        show(policy["entries"], "table", ENTRY_COLUMNS)
+        _table(policy["entries"], "table", ENTRY_COLUMNS)
 
 
 def _said(verdict: dict[str, Any]) -> str:
@@ -295,7 +304,7 @@ def identity() -> None:
 def identity_list(config: Any, path: Path | None, output: str) -> None:
     """All that an address has."""
     rows = _view(config).identities()
-    show(rows, output, ("identity", "labels", "prefixes", "example", "groups"))
+    _table(rows, output, ("identity", "labels", "prefixes", "example", "groups"))
 
 
 @click.group(cls=ListGroup)
@@ -308,7 +317,7 @@ def ip() -> None:
 @output_option
 def ip_list(config: Any, path: Path | None, output: str) -> None:
     """All prefixes with their identities."""
-    show(_view(config).addresses(), output, ADDRESS_COLUMNS)
+    _table(_view(config).addresses(), output, ADDRESS_COLUMNS)
 
 
 @ip.command("get")
@@ -321,4 +330,4 @@ def ip_get(config: Any, path: Path | None, address: str, output: str) -> None:
         ip_address(address)
     except ValueError as error:
         raise click.BadParameter(f"{address!r} is no IPv4 or IPv6 address") from error
-    show([_view(config).address(address)], output, ADDRESS_COLUMNS)
+    _table([_view(config).address(address)], output, ADDRESS_COLUMNS)

@@ -194,6 +194,7 @@ class Publisher:
             assert kind.group is not None
             if not kind.row and kind in known:
                 kind.row = known[kind]
+                self._book.identity(kind.number, kind.labels)
             if kind.row:
                 rows.append(kind.row)
                 groups.append(kind.group.number)

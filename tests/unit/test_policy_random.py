@@ -1,5 +1,6 @@
 """Random policies and changes: the tables say what an independent reading of the manifests says."""
 
+from ipaddress import ip_address
 from random import Random
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.policy_strategies import PORTS, WORLD, change, fill
-from tests.policy_world import OWN, PolicyWorld, addresses
+from tests.policy_world import DIRECTIONS, OWN, PolicyWorld, addresses
 
 PODS = [ip for place in range(9) for ip in addresses(place % 2 + 1, 2 + place)]
 PEERS = [*PODS, *WORLD, *OWN, "192.0.2.2", "10.244.1.1", "10.244.2.1", "10.244.1.77"]
@@ -31,6 +32,21 @@ def size(world) -> tuple[int, int, int]:
     )
 
 
+def explained(world) -> None:
+    """`why`, which reads policies rule by rule, agrees with the oracle, too."""
+    oracle, explainer = world.oracle(), world.engine.explainer()
+    for port, (_, _, ips) in world.endpoints.items():
+        subject = explainer.of_address(ip_address(ips[0]))
+        for text in PEERS:
+            address = ip_address(text)
+            peer = explainer.of_address(address)
+            for turn, name in enumerate(DIRECTIONS):
+                for protocol, number in PORTS:
+                    said = explainer.judge(turn, subject, peer, address, protocol, number)
+                    wanted = oracle.allowed(port, name, text, protocol, number)
+                    assert said.allowed == wanted, (ips[0], name, text, protocol, number, said)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 1 << 32), match=st.sampled_from(["kubernetes", "cilium"]))
 def test_every_change_leads_where_a_fresh_reading_leads(world, seed, match):
@@ -45,6 +61,7 @@ def test_every_change_leads_where_a_fresh_reading_leads(world, seed, match):
         world.update()
         world.now += 0.5
         world.check(PEERS, PORTS)
+    explained(world)
     step_by_step = size(world)
     judgement = int(world.shm.control[0]["judgement"])
     world.update()
