@@ -30,7 +30,7 @@ M = TypeVar("M", bound=Hashable)
 class Heritage:
     """Numbers to go on with."""
 
-    next_group: int = 1
+    used_groups: set[int] = field(default_factory=set)
     groups: dict[Group, int] = field(default_factory=dict)
     kinds: dict[Kind, int] = field(default_factory=dict)
     policies: dict[Row, int] = field(default_factory=dict)
@@ -83,8 +83,8 @@ def peers(writer: PolicyWriter, partition: Partition) -> Heritage:
     found = heirs({member: group for member, group in groups.items() if group}, now)
     heritage.groups = {group: number for group, number in found.items() if group.selected}
     keys = writer.entries.all().keys
-    highest = int(((keys >> np.uint64(16)) & np.uint64(0xFFFFFFFF)).max()) if len(keys) else 0
-    heritage.next_group = max(highest, *groups.values(), 0) + 1 if groups else highest + 1
+    asked = np.unique((keys >> np.uint64(16)) & np.uint64(0xFFFFFFFF))
+    heritage.used_groups = {*asked.tolist(), *groups.values()} - {0}
     return heritage
 
 

@@ -44,6 +44,7 @@ Address = tuple[int, int]  # family, value
 OF_NODE, OF_ENDPOINT, OF_POD, OF_SERVER = range(4)
 API_SERVER = ("default", "kubernetes")  # namespace and name of its service
 TOLD_MOST = 3  # of a kind of problem
+FIRST_LEAST = 10_000  # identities remembered by number before those that are gone are forgotten
 
 
 class Directory:
@@ -186,6 +187,8 @@ class Directory:
         if number:
             return number
         number = hashed(security)
+        if len(self._first) > 2 * self._selection.count + FIRST_LEAST:
+            self._first = {n: one for n, one in self._first.items() if one.refs}
         first = self._first.setdefault(number, identity)
         if first is not identity and relevant(first.labels) != security:
             self._alike[number] = first, identity

@@ -126,6 +126,8 @@ class PolicyEngine:
         if self._first:
             self.book.release_all_but(self.parts.rules())
         self.book.flush()
+        members = self.partition.members
+        self.book.forget_identities(lambda: {kind.number for kind in members.values()})
         self._first = False
         self._problems = self._say()
 
@@ -136,7 +138,7 @@ class PolicyEngine:
         turn = self.distiller.begin(ports)
         regrouped = self.partition.regroup()
         heritage = adopt.peers(self._writer, self.partition) if self._first else None
-        self._publisher.number(regrouped.fresh, heritage)
+        self._publisher.number(regrouped, heritage)
         self.distiller.distil(turn, regrouped)
         if heritage is not None:
             adopt.policies(heritage, self._writer, turn)
@@ -186,7 +188,7 @@ class PolicyEngine:
         regrouped = self.partition.regroup()
         if not (regrouped.fresh or regrouped.moved or regrouped.gone or self.partition.moves):
             return False
-        self._publisher.number(regrouped.fresh)
+        self._publisher.number(regrouped)
         turn = Turn()
         self.distiller.distil(turn, regrouped)
         prepared = self._publisher.prepare(turn)

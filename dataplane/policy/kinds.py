@@ -24,6 +24,7 @@ HOST, REMOTE_NODE = CONST["PEER_HOST"], CONST["PEER_REMOTE_NODE"]
 POD, KEEP_SOURCE = CONST["PEER_POD"], CONST["PEER_KEEP_SOURCE"]
 
 NamedPort = tuple[int, str]  # protocol, name
+Named = dict[NamedPort, list[int]]  # named ports that rules ask for -> numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +122,17 @@ class Kind:
 class Group:
     """Kinds that no selector in use tells apart. number 0: no selector fits them."""
 
-    __slots__ = ("hash", "kinds", "number", "ports", "rows", "selected")
+    __slots__ = ("hash", "kinds", "named", "number", "rows", "selected")
 
-    def __init__(self, selected: frozenset[int], mixed: int, ports: Ports | None) -> None:
-        self.selected, self.hash, self.ports = selected, mixed, ports
+    def __init__(self, selected: frozenset[int], mixed: int, named: Named) -> None:
+        self.selected, self.hash, self.named = selected, mixed, named
         self.number = 0
         self.kinds: set[Kind] = set()
         self.rows: set[Any] = set()  # policies that have a chain for it
 
     def numbers(self, port: NamedPort) -> list[int]:
-        """Return the numbers that a named port has with these peers."""
-        if self.ports is None:
-            return []
-        return sorted(number for one, number in self.ports.numbers if one == port)
+        """Return the numbers that a named port has with these peers; none of one not in use."""
+        return self.named.get(port, [])
 
 
 def kind_key(one: Holder | Kind, node: Node | None, flags: int) -> Hashable:

@@ -11,7 +11,7 @@ which kind since `moves` was last taken stands there.
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from dataplane.policy.kinds import KEEP_SOURCE, Group, Holder, Kind, kind_key
+from dataplane.policy.kinds import KEEP_SOURCE, Group, Holder, Kind, Named, Numbered, kind_key
 from dataplane.policy.networks import Networks
 from dataplane.policy.prefixes import CLUSTER, KEEP, Node
 from dataplane.policy.selection import Selection
@@ -40,7 +40,7 @@ class Partition:
         self._kinds: dict[Hashable, Kind] = {}
         self.members: dict[Member, Kind] = {}
         self.moves: dict[Member, Kind | None] = {}
-        self.empty = Group(frozenset(), 0, None)
+        self.empty = Group(frozenset(), 0, {})
         self._groups: dict[int, Group] = {0: self.empty}
         self.world: dict[int, Holder] = {}  # by family; what prefixes of the world are
         self.unmanaged: Holder | None = None  # and those of the cluster
@@ -144,6 +144,15 @@ class Partition:
                 found |= kind.node.blocks
         return frozenset(found)
 
+    def _named(self, kind: Kind) -> Named:
+        """Return what numbers the named ports have that rules ask for."""
+        found: Named = {}
+        for number in kind.ports.selected:
+            what = self.networks.by_id[number].what
+            assert isinstance(what, Numbered)
+            found.setdefault(what.port, []).append(what.number)
+        return {port: sorted(numbers) for port, numbers in found.items()}
+
     def regroup(self) -> Regrouped:
         """Bring the groups up to date."""
         done = Regrouped()
@@ -194,7 +203,7 @@ class Partition:
 
     def _rename(self, group: Group, mixed: int, kind: Kind, done: Regrouped) -> None:
         before, after = group.selected, self._selected(kind)
-        group.hash, group.selected, group.ports = mixed, after, kind.ports
+        group.hash, group.selected, group.named = mixed, after, self._named(kind)
         self._groups[mixed] = group
         by_id = self.networks.by_id
         for number in before - after:
@@ -207,7 +216,9 @@ class Partition:
     def _move(self, kinds: list[Kind], mixed: int, done: Regrouped) -> None:
         group = self._groups.get(mixed)
         if group is None:
-            group = self._groups[mixed] = Group(self._selected(kinds[0]), mixed, kinds[0].ports)
+            kind = kinds[0]
+            group = Group(self._selected(kind), mixed, self._named(kind))
+            self._groups[mixed] = group
             for number in group.selected:
                 self.networks.by_id[number].groups.add(group)
             done.fresh.append(group)

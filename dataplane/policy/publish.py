@@ -18,14 +18,14 @@ import numpy as np
 
 from dataplane.policy.chains import ACTION, DENY
 from dataplane.policy.distil import Turn
-from dataplane.policy.kinds import Group, Kind
+from dataplane.policy.kinds import Kind
 from dataplane.policy.partition import Member, Partition, Regrouped
 from dataplane.policy.rows import Draft, Row
 from dataplane.policy.rulebook import Rulebook
 from dataplane.policy.subjects import Subjects
 from dataplane.tables.entries import Batch, Plan
 from dataplane.tables.errors import TableFull
-from dataplane.tables.policies import CLOSED, OPEN, PolicyWriter
+from dataplane.tables.policies import CLOSED, OPEN, Numbers, PolicyWriter
 
 if TYPE_CHECKING:
     from dataplane.policy.adopt import Heritage
@@ -49,7 +49,7 @@ class Publisher:
     def __init__(self, writer: PolicyWriter, partition: Partition, book: Rulebook) -> None:
         """book: where the labels of identities are kept for people."""
         self._writer, self._partition, self._book = writer, partition, book
-        self._next_group = 1
+        self._groups = _group_numbers(set(), writer)
         self._unplaced: dict[Member, str] = {}  # what found no room -> why
 
     @property
@@ -63,15 +63,13 @@ class Publisher:
         count = len(self._unplaced)
         return [f"{count} addresses without their identity: {why}" for why in whys[:1]]
 
-    def number(self, groups: Iterable[Group], heritage: "Heritage | None" = None) -> None:
-        """Give groups their numbers; they are never used twice."""
+    def number(self, regrouped: Regrouped, heritage: "Heritage | None" = None) -> None:
+        """Give new groups their numbers."""
         if heritage is not None:
-            self._next_group = heritage.next_group
-        for group in groups:
+            self._groups = _group_numbers(heritage.used_groups, self._writer)
+        for group in regrouped.fresh:
             known = heritage.groups.get(group) if heritage else None
-            group.number = known or self._next_group
-            if not known:
-                self._next_group += 1
+            group.number = known or self._groups.take()
 
     # --- entries ----------------------------------------------------------------------------------
 
@@ -217,6 +215,8 @@ class Publisher:
             if kind.row:
                 writer.peers.give(kind.row)
                 kind.row = 0
+        for group in regrouped.gone:
+            self._groups.give(group.number)
         return changed
 
     def _make_row(self, kind: Kind) -> None:
@@ -247,6 +247,11 @@ class Publisher:
         if not family:
             return self._writer.map_identity(address, 0)
         return self._writer.unmap(family, address, length)
+
+
+def _group_numbers(used: set[int], writer: PolicyWriter) -> Numbers:
+    fix = "restart the agent: so many peers cannot be told apart"
+    return Numbers("number for a group of peers", fix, used, range(1, 1 << 32), writer.clock)
 
 
 class NoRow(TableFull):

@@ -19,7 +19,7 @@ from dataplane.policy.parts import Hold, Part, resolved
 from xdp.abi import CONST
 
 AUDIT = CONST["POLICY_AUDIT"]
-CHAINS_KEPT = 1 << 18
+CHAINS_KEPT = 1 << 16
 Place = tuple[int, Group | None]  # direction, group; None: any peer
 Key = frozenset[Hold]
 Asked = dict[int, tuple[Part, ...]]  # selector -> parts

@@ -14,11 +14,12 @@ KEPT of them, because flows still name them; older ones are given out again.
 import json
 import sqlite3
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 KEPT = 65536
+LABELS_LEAST = 20_000  # identities that are kept without asking which are gone
 NUMBER_MOST = (1 << 24) - 1
 _TABLES = (
     """create table if not exists rules (
@@ -61,6 +62,7 @@ class Rulebook:
         self._deleted: dict[int, None] = {}
         known = self._database.execute("select number, labels from identities")
         self._labels = {number: hash(labels) for number, labels in known}
+        self._labels_most = LABELS_LEAST
         self._named: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -109,6 +111,20 @@ class Rulebook:
         if self._labels.get(number) != hash(text):
             self._labels[number] = hash(text)
             self._named[number] = text
+
+    def forget_identities(self, used: Callable[[], set[int]]) -> None:
+        """Forget most identities that are gone, when these have become the most; used(): others."""
+        if len(self._labels) < self._labels_most:
+            return
+        numbers = used()
+        gone = self._labels.keys() - numbers
+        for number in gone:
+            del self._labels[number]
+            self._named.pop(number, None)
+        with self._database as database:
+            some = [(number,) for number in gone]
+            database.executemany("delete from identities where number = ?", some)
+        self._labels_most = 2 * len(numbers) + LABELS_LEAST
 
     def release_all_but(self, used: Iterable[int]) -> None:
         """Release every number that is not among these."""

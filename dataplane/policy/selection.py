@@ -75,9 +75,10 @@ class Selection:
                 self._join(made, selected)
         return made
 
-    def identities(self) -> Iterable[Identity]:
-        """Return all identities."""
-        return self._identities.values()
+    @property
+    def count(self) -> int:
+        """How many identities there are."""
+        return len(self._identities)
 
     def ports(self, numbers: frozenset[tuple[NamedPort, int]]) -> Ports:
         """Return a view of named ports, held once more."""

@@ -73,7 +73,7 @@ class PolicyWriter:
 
     def __init__(self, shm: Shm, clock: Callable[[], float] = time.monotonic) -> None:
         """Read back what stands."""
-        self.shm = shm
+        self.shm, self.clock = shm, clock
         self.entries = Entries(shm.policy_entries, clock, lambda: shm.extents("policy_entries"))
         self.ipcache: dict[int, Fib4 | Fib6] = {
             4: Fib4(shm.ipcache4_wide, shm.ipcache4_deep, clock, shm.extents("ipcache4_wide")),
