@@ -79,10 +79,10 @@ def home(address) -> int:
     return HOST if kind in ("host", "gateway") else UPLINK if port is None else port
 
 
-def placed(frame: bytes, source=None) -> tuple[int, bytes]:
-    """(port, frame) where a frame's source is at home; source: None: as the frame says."""
-    source = source or read(0, frame[14:]).tuple.source
-    if node.route(source)[0] == "tunnel":
+def placed(frame: bytes, direct: bool = False) -> tuple[int, bytes]:
+    """(port, frame) where a frame's source is at home; direct: node 2 has no tunnel."""
+    source = read(0, frame[14:]).tuple.source
+    if node.route(source, direct)[0] == "tunnel":
         return UPLINK, sg.vxlan(frame, w.REMOTE4, w.NODE4, w.VNI)
     return home(source), frame
 

@@ -10,6 +10,7 @@ the flow's hash are chosen here by the same hash.
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
 from tests import worlds as w
 from tests.naive import judgement, node, states
@@ -56,7 +57,9 @@ class Outcome:
 class Stage:
     """All connections of a node."""
 
-    def __init__(self) -> None:
+    def __init__(self, direct: bool = False) -> None:
+        """direct: node 2 is reached without a tunnel."""
+        self.route = partial(node.route, direct=direct)
         self.known: dict[Tuple, tuple[Connection, int]] = {}
         self.affine: dict[tuple[int, int], tuple[object, int]] = {}
         self.counters: Counter[str] = Counter()
@@ -183,7 +186,7 @@ class Stage:
             if backend is None:
                 return self._rejected(packet)
         target, port = (backend.address, backend.port) if backend else (t.target, t.target_port)
-        kind, egress = node.route(target)
+        kind, egress = self.route(target)
         if packet.outside and not service and kind == "host":
             return Outcome(ends=t)  # the node's own
         l4 = packet.mark if t.protocol in (1, 58) else port
@@ -313,7 +316,7 @@ class Stage:
         hit = self.known.get(packet.quoted.back()) if packet.quoted else None
         invalid = Outcome("CT_INVALID")
         if hit is None:
-            kind, _ = node.route(packet.tuple.target)
+            kind, _ = self.route(packet.tuple.target)
             own = packet.outside and kind == "host"
             return Outcome(ends=packet.tuple) if own else invalid
         connection, way = hit
@@ -335,13 +338,13 @@ class Stage:
 
     def final(self, packet: Packet, outcome: Outcome) -> tuple[str, int | None]:
         """Reason, and the port that something leaves by; None: nothing does."""
-        home = node.route(packet.tuple.source)
+        home = self.route(packet.tuple.source)
         back = None if home[0] in ("none", "blackhole", "unresolved") else home[1]
         if outcome.answered:
             return outcome.reason, back
         if outcome.ends is None:
             return outcome.reason, None
-        kind, egress = node.route(outcome.ends.target)
+        kind, egress = self.route(outcome.ends.target)
         if kind == "gateway" and packet.asks:
             return "ANSWERED_ECHO", back
         if kind in ("host", "gateway", "pod"):

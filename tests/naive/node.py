@@ -25,15 +25,15 @@ PODS = {w.POD4[w.POD_A]: w.POD_A, w.POD4[w.POD_B]: w.POD_B,
 MTU = {"hop": 1500, "tunnel": w.PATH_MTU, "pod": 65000}
 
 
-def route(address) -> tuple[str, int | None]:
-    """Longest prefix by trying all."""
+def route(address, direct: bool = False) -> tuple[str, int | None]:
+    """Longest prefix by trying all; direct: without a tunnel to node 2."""
     if address in HERE:
         return HERE[address], w.HOST
     if address in PODS:
         return "pod", PODS[address]
     for network, way in ROUTES.items():
         if address in network:
-            return way
+            return ("hop", way[1]) if direct and way[0] == "tunnel" else way
     return "none", None
 
 

@@ -42,7 +42,7 @@ from tests.worlds import POD_A, POD_B
 from xdp.abi import CONST, value
 
 RECORDS = 1024
-WORLD = ("TUNNEL_VXLAN", 4, 1_000_000, 1, RECORDS)
+WORLDS = [(tunnel, 4, 1_000_000, 1, RECORDS) for tunnel in ("TUNNEL_VXLAN", "TUNNEL_NONE")]
 VERDICTS = [word(ALLOW, 1), word(ALLOW, 2), word(DENY, 3), word(DENY, 4, "ICMP")]
 VERDICTS += [word(DENY, 5, "RESET")]
 OTHERS = [ALLOW] * 3 + [word(DENY), word(DENY, 0, "RESET"), word(DENY, 0, "ICMP")]
@@ -86,7 +86,8 @@ class Scene:
 
     def __init__(self, world, agent: Agent, setting: Setting, r: Random) -> None:
         self.world, self.agent, self.r = world, agent, r
-        self.twin = Stage()
+        self.direct = not world.tunnel
+        self.twin = Stage(self.direct)
         world.forget()
         self.change(setting)
 
@@ -119,12 +120,13 @@ class Scene:
         side = Tuple(source, self.r.choice(ports[0]), target, self.r.choice(ports[1]), protocol)
         if protocol == ICMP:
             side = side._replace(target_port=0, protocol=ICMP if f == 4 else ICMP6)
-        return placed(self.frame(side, first=True))
+        return placed(self.frame(side, first=True), self.direct)
 
     def known(self) -> tuple[int, bytes]:
         """A packet of a connection that the twin knows, either way."""
         connection = self.r.choice(self.twin.connections)
-        return placed(self.frame(connection.sides[self.r.randint(0, 1)], first=False))
+        side = connection.sides[self.r.randint(0, 1)]
+        return placed(self.frame(side, first=False), self.direct)
 
     def error(self) -> tuple[int, bytes]:
         """An ICMP error about a connection; sometimes from or to somebody else."""
@@ -137,7 +139,7 @@ class Scene:
         target = self.r.choice([side.target] * 5 + [FAR[f], A[f]])
         kind, code = self.r.choice([(3, 3), (3, 4), (11, 0)] if f == 4 else [(1, 4), (2, 0)])
         frame = sg.error(sg.Ends(source, 0, target, 0), kind, code, quoted, 1400)
-        return placed(frame)
+        return placed(frame, self.direct)
 
     def frame(self, side: Tuple, first: bool) -> bytes:
         e = sg.Ends(side.source, side.source_port, side.target, side.target_port)
@@ -235,9 +237,9 @@ def translated(packet: Packet, outcome: Outcome) -> bytes:
     return completed(outer, at, protocol)
 
 
-@pytest.fixture(scope="module")
-def stage(worlds):
-    world = worlds(*WORLD)
+@pytest.fixture(scope="module", params=WORLDS, ids=["vxlan", "direct"])
+def stage(request, worlds):
+    world = worlds(*request.param)
     return world, Agent(world)
 
 
@@ -258,7 +260,7 @@ def play(stage, r: Random, steps: int) -> None:
                 told.vector()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(r=st.randoms(use_true_random=False), steps=st.integers(1, 14))
 def test_connections_are_their_twin(stage, r, steps):
     play(stage, r, steps)
