@@ -47,7 +47,7 @@ def explained(world) -> None:
                     assert said.allowed == wanted, (ips[0], name, text, protocol, number, said)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 1 << 32), match=st.sampled_from(["kubernetes", "cilium"]))
 def test_every_change_leads_where_a_fresh_reading_leads(world, seed, match):
     r = Random(seed)

@@ -1,0 +1,41 @@
+"""Scale in small: the benchmark's world compiles, changes and storms, and its numbers add up."""
+
+from bench.scale_policy import measure
+from dataplane.objects.collect import collect
+from dataplane.policy.engine import PolicyEngine
+from dataplane.policy.options import LocalEndpoint, LocalView, PolicyOptions
+from dataplane.tables.policies import PolicyWriter
+from dataplane.tables.shm import Shm
+from tests.policy_world import namespace, node, pod, policy
+
+
+def test_the_benchmark_runs(tmp_path):
+    result = measure(rules=1000, identities=200, locals_=20)
+    assert result["pods"] == 400
+    assert result["policy rows"] == 20
+    assert result["entries"] >= 900
+    assert set(result["changes_ms"]) == {
+        "remote pod more", "remote pod gone", "local pod more", "local pod gone", "policy more",
+        "policy changed", "policy gone", "namespace labels",
+    }  # fmt: skip
+    assert result["storm_per_s"] > 0
+
+
+def test_a_rule_about_a_thousand_pods_is_one_entry(tmp_path):
+    """They are told apart by nothing, though each has labels of its own."""
+    manifests = [node(1), namespace("x"), namespace("y")]
+    for n in range(1000):
+        one = pod("y", f"p{n}", 2, 2, app="web", n=f"n{n}")
+        one["status"]["podIPs"] = [{"ip": f"10.244.{8 + n // 250}.{n % 250}"}]
+        manifests.append(one)
+    rule = {"from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "web"}}}]}
+    manifests += [pod("x", "a", 10, 1), policy("x", "p", {"podSelector": {}, "ingress": [rule]})]
+    objects = collect(manifests)
+    with Shm.create(tmp_path) as shm:
+        engine = PolicyEngine(PolicyWriter(shm), PolicyOptions(), tmp_path / "rules")
+        (one,) = [end for end in objects.pods.values() if end.name == "a"]
+        local = LocalView("n1", endpoints=(LocalEndpoint(2, "x", "a", one.ips),))
+        assert engine.update(objects, local) == []
+        entries = PolicyWriter(shm).entries
+        assert entries.count == 2, "the thousand, and the own node"
+        assert len(engine.partition.groups()) == 2
