@@ -197,7 +197,7 @@ def why(
 def _ask_why(
     config: Any, source: str, target: str, port: str, manifests: Path | None
 ) -> dict[str, Any]:
-    from dataplane.control.jsonl import Unreachable
+    from dataplane.control.jsonl import RemoteError, Unreachable
     from dataplane.policy.why import Why, question
 
     if manifests is None:
@@ -205,6 +205,10 @@ def _ask_why(
             return ask(config, "why", source=source, target=target, port=port)
         except Unreachable:
             click.echo(f"the agent is away: judging {config.source.folder}", err=True)
+        except RemoteError as error:
+            if "unknown operation" not in str(error):
+                raise
+            click.echo(f"the agent is an older one: judging {config.source.folder}", err=True)
     explainer, _ = _explainer(config, manifests)
     return Why(explainer).answer(question(source, target, port))
 
