@@ -58,10 +58,14 @@ def test_only_the_house_decorators_compile():
 
 
 def test_only_the_house_imports_numba():
+    """numba reads the cache folder's name when it is imported: `settle` must have run before."""
     for path in SOURCES:
-        if path.name not in ("house.py", Path(__file__).name):
-            text = path.read_text()
-            assert not re.search(r"^(import|from) (numba|llvmlite)\b", text, re.MULTILINE), path
+        if path == Path(__file__):
+            continue
+        found = re.search(r"^(import|from) (numba|llvmlite)\b", path.read_text(), re.MULTILINE)
+        assert not found or path.name in ("house.py", "rows.py"), path
+        if found:
+            assert 0 < path.read_text().find("\ncache.settle()\n") < found.start(), path
 
 
 def test_readme_names_real_targets():
