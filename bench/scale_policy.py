@@ -279,7 +279,10 @@ def measure(rules: int, identities: int, locals_: int) -> dict[str, Any]:
         }
         engine.close()
         again = PolicyEngine(PolicyWriter(shm), PolicyOptions(), run_dir / "rules.db")
+        gc.collect()
         result["restart_s"] = round(_timed(lambda: again.update(world.objects, local)) / 1000, 2)
+        gc.collect()
+        gc.freeze()  # as the agent does after its first turn
         result["changes_ms"] = {
             kind: {
                 "median": round(statistics.median(some), 2),

@@ -76,6 +76,7 @@ class Directory:
         """Take what is new; return the ports whose endpoint is another or something else."""
         old, before = self._objects, self._local
         self._objects, self._local = objects, local
+        self._read_nodes(old, before)
         again = self._renumber(old)
         changed = again | objects.changed(old, "pods")
         for name in objects.changed(old, "namespaces"):
@@ -87,7 +88,6 @@ class Directory:
             ports |= self._read_pod(place)
         for port in ports:
             self._read_endpoint(port)
-        self._read_nodes(old, before)
         return ports
 
     def _change_endpoints(self, local: LocalView, pods: set[tuple[str, str]]) -> set[int]:

@@ -169,8 +169,13 @@ class Distiller:
         return draft
 
     def _concern(self, turn: Turn, groups: Iterable[Group], selected: frozenset[int]) -> None:
-        """Note which rows have something to say of groups by these selectors."""
+        """Note which rows have something to say of groups by these selectors.
+
+        New rows have not: their parts are all new to them, or come from a row that stands.
+        """
         for row in self._asking(selected):
+            if not row.stands:
+                continue
             indexes = [row.index]
             if row in turn.drafts:
                 indexes.append(turn.drafts[row].index)

@@ -13,6 +13,7 @@ go by address (decision 7).
 
 import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 
 from dataplane.objects.cilium_words import CLUSTER_NAME
 from dataplane.objects.core import Namespace, Pod
@@ -87,6 +88,7 @@ def relevant(labels: Labels) -> dict[str, str]:
     return {key: one for key, one in labels.items() if _is_relevant(key)}
 
 
+@lru_cache(1 << 14)
 def _is_relevant(key: str) -> bool:
     source, _, bare = key.partition(":")
     if source != "k8s":
