@@ -21,13 +21,16 @@ PACKAGES_RUN   := clang llvm gcc libc6-dev libbpf-dev libelf-dev zlib1g-dev linu
                   python3 python3-venv python3-dev iproute2 ethtool iputils-ping curl iperf3 procps ca-certificates
 PACKAGES_TEST  := podman containerd runc containernetworking-plugins busybox-static tcpdump nftables \
                   iputils-arping ndisc6 util-linux git shellcheck
-PACKAGES_BENCH := dpdk-dev librte-net-af-xdp23 librte-net-af-packet23 xdp-tools
+PACKAGES_BENCH := dpdk-dev librte-net-af-xdp23 librte-net-af-packet23 nftables dnsperf dnsmasq-base \
+                  libunbound8 libxdp1 libcap-ng0 libnuma1
+# Open vSwitch's package would start a service and enable it for ever: it is unpacked, not installed.
+PACKAGES_UNPACKED := openvswitch-switch openvswitch-common
 
 CLANG      ?= clang
 CC         ?= gcc
 BPF_CFLAGS := -target bpf -mcpu=v3 -O2 -g -Wall -Werror -Ixdp -I/usr/include/$(shell uname -m)-linux-gnu
 BPF_OBJECTS := $(patsubst xdp/bpf/%.bpf.c,$(BUILD)/bpf/%.bpf.o,$(wildcard xdp/bpf/*.bpf.c))
-PROGRAMS   := $(BUILD)/bin/penstock-cni $(BUILD)/bin/penstock-rr
+PROGRAMS   := $(addprefix $(BUILD)/bin/,penstock-cni penstock-rr penstock-frames penstock-replay)
 
 # apt once per set of packages: the stamp's name carries the set.
 stamp = $(BUILD)/.apt-$(shell echo $(1) | md5sum | cut -c1-12)
@@ -35,7 +38,7 @@ STAMP_RUN   := $(call stamp,$(PACKAGES_RUN))
 STAMP_TEST  := $(call stamp,$(PACKAGES_TEST))
 STAMP_BENCH := $(call stamp,$(PACKAGES_BENCH))
 
-.PHONY: help setup build warm run test test-again lint format fuzz bench engine clean distclean
+.PHONY: help setup build warm run test test-again lint format fuzz bench bench-quick engine clean distclean
 
 help: ## List the targets
 	awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,8 +73,11 @@ format: build ## Format and fix what can be fixed
 fuzz: warm ## Ten million random and mutated frames through parser and encapsulation
 	$(BIN)/python -m tests.fuzz.fuzz_frames --frames 10000000
 
-bench: warm $(STAMP_BENCH) ## End to end beside its peers, interleaved (RUNS=5)
-	$(BIN)/python -m bench.run --runs $(or $(RUNS),5)
+bench: warm $(STAMP_BENCH) $(BUILD)/ovs ## Everything beside its peers, interleaved: about an hour (RUNS=5)
+	$(BIN)/python -m bench --runs $(or $(RUNS),5) $(BENCH)
+
+bench-quick: warm $(STAMP_BENCH) $(BUILD)/ovs ## The quick scenarios: under two minutes
+	$(BIN)/python -m bench --quick $(BENCH)
 
 engine: warm ## The engine alone, from memory: ns per packet and stage
 	$(BIN)/python -m bench.engine
@@ -116,6 +122,16 @@ $(BUILD)/bin/penstock-cni: dataplane/cni/shim.c | $(STAMP_RUN)
 	mkdir -p $(@D)
 	$(CC) -std=gnu11 -O2 -Wall -Wextra -Werror -static -s -o $@ $<
 
-$(BUILD)/bin/penstock-rr: bench/rr.c | $(STAMP_RUN)
+$(BUILD)/bin/penstock-%: bench/%.c | $(STAMP_RUN)
 	mkdir -p $(@D)
-	$(CC) -std=gnu11 -O2 -Wall -Wextra -Werror -o $@ $<
+	$(CC) -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -o $@ $<
+
+$(BUILD)/ovs: | $(STAMP_BENCH)
+	rm -rf $@.part && mkdir -p $@.part
+	cd $@.part
+	if apt-get download -q $(PACKAGES_UNPACKED) >>../apt.log 2>&1; then
+	  for package in *.deb; do dpkg-deb -x "$$package" .; done
+	else
+	  echo "Open vSwitch cannot be fetched (build/apt.log): it will be skipped"
+	fi
+	cd - >/dev/null && mv $@.part $@

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -178,9 +179,11 @@ def request_response(
     protocol: str = "tcp",
     seconds: float = 1.0,
     cpu: int | None = None,
+    options: Sequence[str] = (),
 ) -> dict:
     """Run penstock-rr against its server and return what it printed (microseconds)."""
     words = [str(find("penstock-rr")), "client", protocol, address, str(RR_PORT), str(seconds)]
+    words += options
     if cpu is not None:
         words = ["taskset", "-c", str(cpu), *words]
     return json.loads(source.run(*words, timeout=seconds + 60))

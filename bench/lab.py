@@ -84,8 +84,9 @@ class Process:
         log: Path,
         cpus: frozenset[int] = frozenset(),
         env: dict[str, str] | None = None,
+        fds: Sequence[int] = (),
     ) -> None:
-        """cpus: where it may run, empty: anywhere; env: added to ours."""
+        """cpus: where it may run, empty: anywhere; env: added to ours; fds: inherited."""
         self.command = list(command)
         self.log = log
         with log.open("ab") as output:
@@ -97,6 +98,7 @@ class Process:
                 cwd=ROOT,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
+                pass_fds=fds,
                 preexec_fn=_child(cpus),
             )
 
@@ -171,9 +173,9 @@ class Namespace:
         """The command that runs a command in here."""
         return ["ip", "netns", "exec", self.name, *command]
 
-    def run(self, *command: str, timeout: float = 60.0) -> str:
+    def run(self, *command: str, timeout: float = 60.0, stdin: str | None = None) -> str:
         """Run a command in here and return its stdout; LabError when it fails."""
-        return sh(self.wrap(command), timeout)
+        return sh(self.wrap(command), timeout, stdin)
 
     def spawn(
         self,
@@ -181,10 +183,11 @@ class Namespace:
         cpus: frozenset[int] = frozenset(),
         env: dict[str, str] | None = None,
         log: str = "",
+        fds: Sequence[int] = (),
     ) -> Process:
-        """Start a command in here; the lab stops it at the latest."""
+        """Start a command in here; the lab stops it at the latest. fds: that it inherits."""
         name = log or f"{self.short}-{Path(command[0]).name}-{secrets.token_hex(2)}"
-        process = Process(self.wrap(command), self.lab.folder / f"{name}.log", cpus, env)
+        process = Process(self.wrap(command), self.lab.folder / f"{name}.log", cpus, env, fds)
         self.lab.processes.append(process)
         return process
 

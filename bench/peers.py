@@ -10,7 +10,6 @@ Generated frames are accepted by a veth only if it has NAPI: `accept_frames` tur
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,16 +40,17 @@ class LinuxNode:
         self.namespace = namespace
         self.number = number
         self.pods: list[LinuxPod] = []
+        self.path_mtu = 1500
         namespace.sysctl({"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1})
 
-    def pod(self, name: str) -> LinuxPod:
-        """Attach a pod: its own veth, a gateway in both families, MTU 1500."""
+    def pod(self, name: str, mtu: int = 1500) -> LinuxPod:
+        """Attach a pod: its own veth, a gateway in both families."""
         host = f"veth{len(self.pods)}"
         pod = self.namespace.lab.namespace(name)
         last = len(self.pods) + 2
         addresses = {4: f"10.244.{self.number}.{last}", 6: f"fd00:244:0:{self.number:x}::{last:x}"}
         routers = {4: f"10.244.{self.number}.1", 6: f"fd00:244:0:{self.number:x}::1"}
-        self.namespace.lab.wire(self.namespace, pod, (host, "eth0"))
+        self.namespace.lab.wire(self.namespace, pod, (host, "eth0"), mtu)
         for family, bits in ((4, 32), (6, 128)):
             nodad = " nodad" if family == 6 else ""
             self.namespace.ip(
@@ -66,11 +66,13 @@ class LinuxNode:
         self.pods.append(made)
         return made
 
-    def overlay(self, family: int, mac: str, port: int = 8472, vni: int = 1) -> None:
+    def overlay(
+        self, family: int, mac: str, port: int = 8472, vni: int = 1, underlay_mtu: int = 1500
+    ) -> None:
         """Add a kernel vxlan device over the underlay; zero UDP checksums as RFC 6935 allows."""
         local = (UNDERLAY4 if family == 4 else UNDERLAY6) + self.number
         zero = "udp6zerocsumtx udp6zerocsumrx" if family == 6 else ""
-        mtu = 1500 - VXLAN_OVERHEAD[family]
+        mtu = self.path_mtu = underlay_mtu - VXLAN_OVERHEAD[family]
         self.namespace.ip(
             f"link add vxlan0 address {mac} mtu {mtu} type vxlan id {vni} dstport {port} "
             f"local {local} dev eth0 nolearning {zero}",
@@ -89,7 +91,7 @@ class LinuxNode:
                 f"route add {network}/{bits} via {network} dev vxlan0 onlink",
             )
         for pod in self.pods:  # the pods' path MTU, as a CNI plugin sets it
-            pod.namespace.ip(f"link set eth0 mtu {1500 - VXLAN_OVERHEAD[family]}")
+            pod.namespace.ip(f"link set eth0 mtu {self.path_mtu}")
 
     def accept_frames(self, on: bool) -> None:
         """Give the pods' veths NAPI, so that generated frames get in."""
@@ -147,13 +149,14 @@ class Wire:
                     bpf.close()
 
     @contextmanager
-    def testpmd(self, forward_mode: str, cpu: int) -> Iterator[None]:
-        """Move frames by DPDK over AF_XDP sockets on one polling core, for the body."""
+    def testpmd(self, forward_mode: str, cpu: int, device: str = "af_xdp") -> Iterator[None]:
+        """Move frames by DPDK over AF_XDP or AF_PACKET on one polling core, for the body."""
         main = next((one for one in sorted(os.sched_getaffinity(0)) if one != cpu), cpu)
         words = ["dpdk-testpmd", "--no-huge", "-m", "512", "--no-pci", "--no-telemetry"]
         words += ["-l", f"{main},{cpu}", "--main-lcore", str(main), "--no-shconf"]
+        more = {"af_xdp": "force_copy=1", "af_packet": "qdisc_bypass=1,framecnt=4096"}[device]
         for number, host in enumerate(self.HOST):
-            words += ["--vdev", f"net_af_xdp{number},iface={host},force_copy=1"]
+            words += ["--vdev", f"net_{device}{number},iface={host},{more}"]
         words += ["--", f"--forward-mode={forward_mode}", "--nb-cores=1", "--burst=32"]
         words += ["--total-num-mbufs=32768"]
         process = self.node.spawn(*words, "--auto-start", "--stats-period=3600")
@@ -161,15 +164,21 @@ class Wire:
         def ready() -> bool:
             if not process.alive:
                 raise LabError(f"testpmd has ended: {process.output()[-1500:]}")
-            return all("xdp" in (self.node.link(host) or {}) for host in self.HOST)
+            if device == "af_xdp":
+                return all("xdp" in (self.node.link(host) or {}) for host in self.HOST)
+            return "forwards packets" in process.output()
 
+        frames = device == "af_packet"  # no XDP program there: NAPI by GRO
         try:
+            if frames:
+                self._gro("on")
             eventually(ready, "testpmd")
             yield
         finally:
             process.stop()
+            if frames:
+                self._gro("off")
 
-
-def testpmd_is_here() -> bool:
-    """Whether Debian's dpdk-dev is installed."""
-    return shutil.which("dpdk-testpmd") is not None
+    def _gro(self, word: str) -> None:
+        for host in self.HOST:
+            self.node.run("ethtool", "-K", host, "gro", word)

@@ -316,6 +316,17 @@ class Cluster:
             node.wait()
         return self
 
+    def start_beside(self, name: str = "world") -> "Outside":
+        """Start one node, back to back with a host that is not in the cluster; returns the host."""
+        settings = self.settings
+        space, host = self.lab.namespace("node1"), self.lab.namespace(name)
+        self.lab.pair(space, host, settings.mtu, settings.offload)
+        self.nodes.append(Node(self, space, 1))
+        self.announce(space.short, 1)
+        self.nodes[0].start()
+        self.nodes[0].wait()
+        return Outside(self, host, 2)
+
     def join(self) -> Node:
         """Add one more node to a bridged cluster and wait for it."""
         space = self.lab.namespace(f"node{len(self.nodes) + 1}")

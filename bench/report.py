@@ -1,105 +1,98 @@
-"""Results as a table: median, spread, and how Penstock compares.
+"""Results as a table on the terminal.
 
-Rule: a ratio is the median of the ratios of turns that stood side by side, never of two medians.
+Rule: whatever is shown is in the file of results; a table is made of a file.
 
-Theory. The machine is shared and drifts; two subjects measured a second apart drift together. More
-than 1 always means that Penstock is better, whatever the direction of the unit.
+Theory. One table a place and case: subjects below each other, for each quantity the median, its 95
+% interval, and how many times better Penstock was. A run on a noisy machine says so below.
 """
 
-import statistics
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import LESS_IS_BETTER, UNITS
+from bench.measure import UNITS
+from bench.results import warnings
 
-OURS = "penstock"
-
-
-@dataclass
-class Results:
-    """Values by (scenario, measurement, subject, quantity), one a turn; None: it failed."""
-
-    values: dict[tuple[str, str, str, str], dict[int, float]] = field(default_factory=dict)
-    remarks: dict[str, str] = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)
-
-    def add(self, scenario: str, what: str, subject: str, turn: int, found: dict) -> None:
-        """Keep what one turn found."""
-        for quantity, number in found.items():
-            self.values.setdefault((scenario, what, subject, quantity), {})[turn] = number
-
-    def ratio(self, key: tuple[str, str, str, str]) -> float | None:
-        """How many times better Penstock was than this subject; None: not comparable."""
-        scenario, what, subject, quantity = key
-        ours = self.values.get((scenario, what, OURS, quantity), {})
-        theirs = self.values[key]
-        both = [turn for turn in ours if turn in theirs and ours[turn] and theirs[turn]]
-        if subject == OURS or not both:
-            return None
-        ratios = [ours[turn] / theirs[turn] for turn in both]
-        if quantity in LESS_IS_BETTER:
-            ratios = [1 / one for one in ratios]
-        return statistics.median(ratios)
-
-    def plain(self) -> list[dict]:
-        """Rows for JSON, every turn's value among them."""
-        names = ("scenario", "measurement", "subject", "quantity")
-        rows = []
-        for key, turns in self.values.items():
-            numbers = list(turns.values())
-            rows.append(
-                {
-                    **dict(zip(names, key, strict=True)),
-                    "unit": UNITS[key[3]],
-                    "median": statistics.median(numbers),
-                    "least": min(numbers),
-                    "most": max(numbers),
-                    "penstock_is_better_by": self.ratio(key),
-                    "turns": turns,
-                }
-            )
-        return rows
+Rows = list[dict[str, Any]]
+IN_FILE = frozenset({"softirq_ns", "sender_ns", "p999_us"})
+WIDE = 160
+"""Quantities that only the file has."""
 
 
-def show(results: Results, console: Console) -> None:
-    """Print a table for each scenario and measurement."""
-    groups: dict[tuple[str, str], list[tuple[str, str, str, str]]] = {}
-    for key in results.values:
-        groups.setdefault(key[:2], []).append(key)
-    for (scenario, what), keys in groups.items():
-        table = Table(title=f"{scenario}: {what}", title_justify="left", box=SIMPLE_HEAD)
-        table.add_column("", no_wrap=True)
-        quantities = list(dict.fromkeys(key[3] for key in keys))
-        for quantity in quantities:
-            table.add_column(UNITS[quantity], justify="right")
-            table.add_column("x", justify="right", no_wrap=True)
-        for subject in dict.fromkeys(key[2] for key in keys):
-            cells = [subject]
-            for quantity in quantities:
-                cells += _cells(results, (scenario, what, subject, quantity))
-            table.add_row(*cells)
-        console.print(table)
-    for subject, remark in results.remarks.items():
+def terminal() -> Console:
+    """Return a console for stdout, wide where nobody looks at it."""
+    return Console(width=None if sys.stdout.isatty() else WIDE)
+
+
+def groups(whole: dict[str, Any]) -> Iterator[tuple[tuple[str, str, str], Rows]]:
+    """Yield (scenario, place, case) and its rows, in the order in which they were measured."""
+    found: dict[tuple[str, str, str], Rows] = {}
+    for row in whole["rows"]:
+        found.setdefault((row["scenario"], row["place"], row["case"]), []).append(row)
+    yield from found.items()
+
+
+def show(whole: dict[str, Any], console: Console) -> None:
+    """Print everything."""
+    for (scenario, place, case), rows in groups(whole):
+        csit = whole["scenarios"].get(scenario, {}).get("csit")
+        title = f"{scenario}: {place}; {case}" + (f"  ({csit})" if csit else "")
+        console.print(_table(title, rows))
+    for subject, remark in whole["remarks"].items():
         console.print(f"{subject}: {remark}", markup=False, highlight=False)
-    console.print("median and least..most of the turns; x: how many times better penstock is")
-    for line in results.skipped:
-        console.print(f"skipped: {line}", style="yellow", markup=False)
+    console.print(
+        "median, 95 % interval; x: how many times better penstock is, turn by turn",
+        highlight=False,
+    )
+    for line in whole["skipped"]:
+        console.print(f"skipped: {line}", style="yellow", markup=False, highlight=False)
+    checks = whole["counters"]
+    if checks["checks"]:
+        good = checks["exact"] == checks["checks"]
+        console.print(
+            f"counters: in = forwarded + dropped by reason in {checks['exact']} of "
+            f"{checks['checks']} measurements, to the packet",
+            style="green" if good else "red",
+            highlight=False,
+        )
+    for line in warnings(whole["noise"]):
+        console.print(f"noisy: {line}", style="yellow", highlight=False)
 
 
-def _cells(results: Results, key: tuple[str, str, str, str]) -> list[str]:
-    if key not in results.values:
+def _table(title: str, rows: Rows) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    quantities = [q for q in dict.fromkeys(row["quantity"] for row in rows) if q not in IN_FILE]
+    for quantity in quantities:
+        table.add_column(UNITS[quantity], justify="right")
+        table.add_column("x", justify="right", no_wrap=True)
+    by = {(row["subject"], row["quantity"]): row for row in rows}
+    for subject in dict.fromkeys(row["subject"] for row in rows):
+        cells = [subject]
+        for quantity in quantities:
+            cells += cells_of(by.get((subject, quantity)))
+        table.add_row(*cells)
+    return table
+
+
+def cells_of(row: dict[str, Any] | None) -> list[str]:
+    """Return median with interval, and ratio."""
+    if row is None:
         return ["-", ""]
-    numbers = list(results.values[key].values())
-    middle, least, most = statistics.median(numbers), min(numbers), max(numbers)
-    ratio = results.ratio(key)
-    text = f"{_short(middle)}\n[dim]{_short(least)}..{_short(most)}[/dim]"
+    low, high = row["interval"]
+    text = short(row["median"])
+    if low != high:
+        text += f"\n[dim]{short(low)}..{short(high)}[/dim]"
+    ratio = row.get("penstock_is_better_by")
     return [text, "" if ratio is None else f"{ratio:.2f}"]
 
 
-def _short(number: float) -> str:
-    if number >= 100:
-        return f"{number:.0f}"
-    return f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+def short(number: float) -> str:
+    """Return three digits or so."""
+    if abs(number) >= 100:
+        return f"{number:,.0f}"
+    return f"{number:.1f}" if abs(number) >= 10 else f"{number:.2f}"

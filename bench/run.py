@@ -1,127 +1,218 @@
-"""`make bench`: Penstock and its peers on the same topology, turn by turn.
+"""A run: subjects of a place are built, then take turns in every case, then the place is left.
 
-Rule: subjects take turns within each measurement; a peer that is not there is skipped with a word.
+Rule: subjects take turns within each case; a peer that is not there is skipped with a word.
 
-Theory. Everything is built first, then each turn measures every subject once, so that a slow hour
-slows all of them. Results go to bench/results as JSON, with every turn's value, and to a table.
+Theory. Cases that share a place share its subjects, so what is costly to build is built once. Every
+turn measures every case with every subject, beginning with another subject each time, so that a
+slow minute slows all of them and nobody always follows the same neighbour. The counters of Penstock
+are read at quiet moments around each measurement. Labs clean up after themselves, also when this
+process is killed (lab.py); a signal ends the run and keeps what has been found.
 """
 
-import argparse
-import os
-import signal
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import measure, report, subjects
+from bench import balance, machine
 from bench.lab import Lab, LabError
-from bench.subjects import ACROSS, LATENCY, PACKETS, SAME, STREAM, Subject
+from bench.measure import Found, How, Memo, measure, prepare
+from bench.results import Key, Results
+from bench.scenario import TOPOLOGIES, Case, Place, Scenario, cases
+from bench.subjects import SUBJECTS, Subject
+from bench.subjects.ours import Penstock
+from dataplane.tables.errors import TableError
+from xdp.errors import XdpError
 
-RESULTS = Path(__file__).parent / "results"
-FLOWS = (1, 1024)
-Plan = list[tuple[str, str, Callable[[Subject], dict[str, float]]]]
+LINE_MOST = 300
+FAILURES = (LabError, XdpError, TableError, OSError)
+"""What a subject may come to; others are mistakes of ours."""
 
 
-def plan(seconds: float) -> Plan:
-    """The measurements: title, kind, function."""
-    found: Plan = []
-    for flows in FLOWS:
-        title = f"64-byte packets, {flows} flow{'s' if flows > 1 else ''}"
-        found.append((title, PACKETS, partial(measure.packets, flows=flows, seconds=seconds)))
-    whole = max(1, round(seconds))
-    found.append(("iperf3, one TCP stream", STREAM, partial(measure.stream, seconds=whole)))
-    found.append(
-        ("one byte there and back, TCP", LATENCY, partial(measure.latency, seconds=seconds))
-    )
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    runs: int = 5
+    how: How = field(default_factory=How)
+    subjects: Sequence[str] = ()
+
+
+def by_place(scenarios: Sequence[Scenario]) -> dict[Place, list[Case]]:
+    """Return the cases of all scenarios, those of one place together."""
+    found: dict[Place, list[Case]] = {}
+    for scenario in scenarios:
+        for case in cases(scenario):
+            found.setdefault(case.place, []).append(case)
     return found
 
 
-def build(
-    stack: ExitStack, scenario: str, wanted: set[str], results: report.Results, console: Console
-) -> list[Subject]:
-    """Make every subject of a scenario, each in a lab of its own."""
-    made = []
-    for kind in subjects.SUBJECTS[scenario]:
-        if wanted and kind.name not in wanted:
-            continue
-        console.print(f"building {kind.name}, {scenario}")
-        with ExitStack() as own:
-            try:
-                subject = kind(own.enter_context(Lab()), scenario)
-                subjects.prove(subject)
-            except LabError as error:
-                results.skipped.append(f"{kind.name}, {scenario}: {' '.join(str(error).split())}")
+class Run:
+    """One run; `results` is good at any time."""
+
+    def __init__(self, scenarios: Sequence[Scenario], options: Options, console: Console) -> None:
+        """scenarios: by name what is measured."""
+        self.results = Results()
+        self._scenarios = {one.name: one for one in scenarios}
+        self._options, self._console = options, console
+        for one in scenarios:
+            self.results.scenarios[one.name] = {
+                "title": one.title,
+                "csit": one.csit,
+                "topology": TOPOLOGIES[one.topology],
+                "curve": one.curve,
+            }
+
+    def go(self) -> None:
+        """Measure everything."""
+        for place, found in by_place(list(self._scenarios.values())).items():
+            with ExitStack() as stack:
+                made = self._build(stack, place, found)
+                self._turns(made, place, found)
+
+    # --- building ---------------------------------------------------------------------------------
+
+    def _wanted(self, kind: type[Subject], case: Case) -> bool:
+        named = self._scenarios[case.scenario].subjects
+        return (
+            case.measure in kind.measures
+            and (not named or kind.name in named)
+            and (not self._options.subjects or kind.name in self._options.subjects)
+        )
+
+    def _build(self, stack: ExitStack, place: Place, found: list[Case]) -> list[Subject]:
+        """Make every subject of a place, each in a lab of its own."""
+        made = []
+        for kind in SUBJECTS:
+            if not any(self._wanted(kind, case) for case in found):
                 continue
+            if refusal := kind.refuses(place):
+                if refusal.strip():
+                    self._skip(f"{kind.name}, {place}: {refusal}")
+                continue
+            self._console.print(f"building {kind.name}, {place}", style="dim", highlight=False)
+            try:
+                made.append(self._make(stack, kind, place))
+            except FAILURES as error:
+                self._skip(f"{kind.name}, {place}: {_one_line(error)}")
+            else:
+                self.results.remarks[kind.name] = kind.remark
+        return made
+
+    def _make(self, stack: ExitStack, kind: type[Subject], place: Place) -> Subject:
+        with ExitStack() as own:
+            subject = kind(own.enter_context(Lab()), place)
+            prepare(subject)
             stack.push(own.pop_all())
-        results.remarks[kind.name] = kind.remark
-        made.append(subject)
-    return made
+        return subject
+
+    # --- turns ------------------------------------------------------------------------------------
+
+    def _turns(self, made: list[Subject], place: Place, found: list[Case]) -> None:
+        columns = (TextColumn("{task.description:<72.72}"), BarColumn(20), MofNCompleteColumn())
+        pairs = [(case, one) for case in found for one in made if self._wanted(type(one), case)]
+        total = self._options.runs * len(pairs)
+        with Progress(*columns, TimeElapsedColumn(), console=self._console) as progress:
+            task = progress.add_task(str(place), total=total)
+
+            def tell(case: Case, subject: Subject) -> None:
+                progress.update(task, description=f"{place}: {case.label}, {subject.name}")
+                progress.advance(task)
+
+            for turn in range(self._options.runs):
+                self._turn(turn, made, found, tell)
+
+    def _turn(
+        self,
+        turn: int,
+        made: list[Subject],
+        found: list[Case],
+        tell: Callable[[Case, Subject], None],
+    ) -> None:
+        memo: Memo = {}
+        first = turn % max(1, len(made))
+        for case in found:
+            for subject in made[first:] + made[:first]:
+                if self._wanted(type(subject), case):
+                    tell(case, subject)
+                    self._measure(turn, subject, case, memo)
+
+    def _measure(self, turn: int, subject: Subject, case: Case, memo: Memo) -> None:
+        stick = machine.yardstick()
+        try:
+            before = self._snapshots(subject)
+            found = measure(subject, case, self._options.how, memo)
+            self._keep(turn, subject, case, found, stick)
+            after = self._snapshots(subject)
+        except FAILURES as error:
+            where = f"turn {turn + 1}, {case.scenario}, {case.place}, {case.label}, {subject.name}"
+            self._skip(f"{where}: {_one_line(error)}")
+        else:
+            self._balance(turn, subject, case, balance.check(before, after))
+
+    def _snapshots(self, subject: Subject) -> list[balance.Snapshot]:
+        if not isinstance(subject, Penstock):
+            return []
+        return balance.quiet(subject.snapshots, subject.has_flow_table)
+
+    # --- keeping ----------------------------------------------------------------------------------
+
+    def _keep(self, turn: int, subject: Subject, case: Case, found: Found, stick: float) -> None:
+        place, results = str(case.place), self.results
+        where = {
+            "scenario": case.scenario,
+            "place": place,
+            "case": case.label,
+            "subject": subject.name,
+            "turn": turn,
+        }
+        for quantity, number in found.numbers.items():
+            key = Key(case.scenario, place, case.label, subject.name, quantity)
+            results.add(key, turn, number)
+        noise: dict[str, Any] = {**where, "yardstick_us": stick}
+        if found.usage:
+            noise["steal_share"] = found.usage.steal_share
+            noise["foreign_share"] = found.usage.foreign_share
+        results.noise.append(noise)
+        if found.curve:
+            results.curves.append({**where, "points": found.curve})
+        for name, histogram in found.histograms.items():
+            text = histogram.encode()
+            results.histograms.append({**where, "of": name, "hdr": text})
+
+    def _balance(
+        self, turn: int, subject: Subject, case: Case, found: list[balance.Balance]
+    ) -> None:
+        for node, one in enumerate(found, 1):
+            self.results.balances.append(
+                {
+                    "scenario": case.scenario,
+                    "place": str(case.place),
+                    "case": case.label,
+                    "subject": subject.name,
+                    "turn": turn,
+                    "node": node,
+                    **one.plain(),
+                }
+            )
+            if not one.exact:
+                self._console.print(
+                    f"counters do not agree: {case.label}, {subject.name}: {one}", style="red"
+                )
+
+    def _skip(self, line: str) -> None:
+        self.results.skipped.append(line)
 
 
-def turns(
-    made: list[Subject],
-    scenario: str,
-    runs: int,
-    measurements: Plan,
-    results: report.Results,
-    console: Console,
-) -> None:
-    """Measure every subject once a turn."""
-    columns = (TextColumn("{task.description:<60}"), BarColumn(), MofNCompleteColumn())
-    count = runs * sum(kind in one.measures for _, kind, _ in measurements for one in made)
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task(scenario, total=count)
-        for turn in range(runs):
-            for title, kind, function in measurements:
-                for subject in made:
-                    if kind not in subject.measures:
-                        continue
-                    progress.update(task, description=f"{scenario}: {title}, {subject.name}")
-                    try:
-                        found = function(subject)
-                    except LabError as error:
-                        text = " ".join(str(error).split())[:300]
-                        results.skipped.append(f"turn {turn + 1}, {title}, {subject.name}: {text}")
-                    else:
-                        results.add(scenario, title, subject.name, turn, found)
-                    progress.advance(task)
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LINE_MOST else f"{text[:60]} .. {text[-LINE_MOST:]}"
 
 
-def main() -> int:
-    """Entry of `make bench`."""
-    parser = argparse.ArgumentParser(prog="bench.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5, help="turns")
-    parser.add_argument("--seconds", type=float, default=2.0, help="a measurement's window")
-    parser.add_argument("--scenario", choices=("same", "across"), action="append")
-    parser.add_argument("--subject", action="append", default=[], help="only these, by name")
-    parser.add_argument("--kind", choices=(PACKETS, STREAM, LATENCY), action="append")
-    parser.add_argument("--json", type=Path, help="where results go")
-    options = parser.parse_args()
-    if os.geteuid():
-        parser.error("network namespaces and XDP need root")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console = Console()
-    results = report.Results()
-    measurements = [one for one in plan(options.seconds) if one[1] in (options.kind or one[1])]
-    names = {"same": SAME, "across": ACROSS}
-    for word in options.scenario or names:
-        with ExitStack() as stack:
-            made = build(stack, names[word], set(options.subject), results, console)
-            turns(made, names[word], options.runs, measurements, results, console)
-    report.show(results, console)
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    path = options.json or RESULTS / f"{stamp}.json"
-    about = {"machine": measure.machine(), "runs": options.runs, "seconds": options.seconds}
-    measure.dump(path, {**about, "results": results.plain(), "skipped": results.skipped})
-    console.print(f"written to {path}")
-    return 0 if results.values else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def stamp() -> str:
+    """Return a name for a file of results: the time, UTC."""
+    return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
