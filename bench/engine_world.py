@@ -25,6 +25,7 @@ from dataplane.kernels.admit import admit
 from dataplane.kernels.answer import answer
 from dataplane.kernels.batch import VERDICT_SEND, make_batch
 from dataplane.kernels.connect import connect
+from dataplane.kernels.flows import install
 from dataplane.kernels.forward import forward
 from dataplane.kernels.fragments import fragments, make_fragments
 from dataplane.kernels.house import copy32, inline, kernel, prefetch
@@ -41,7 +42,7 @@ from xdp.abi import CONST, value
 
 STAGES = (
     "load", "parse", "admit", "track", "connect", "route", "judge", "answer", "translate",
-    "forward", "account",
+    "forward", "install", "account",
 )  # fmt: skip
 POD_CASE, VXLAN_CASE, SERVICE_CASE = "pod", "vxlan", "service, policy, vxlan"
 
@@ -73,7 +74,7 @@ def _load(b, area, images, first, frames, slot):
 
 
 @kernel
-def run_stages(b, t, k, f, c, area, images, frames, vectors, last):
+def run_stages(b, t, k, f, x, c, area, images, frames, vectors, last):
     """Send `vectors` vectors through the stages up to number `last` of STAGES."""
     first = 0
     slot = 0
@@ -103,6 +104,8 @@ def run_stages(b, t, k, f, c, area, images, frames, vectors, last):
         if last >= 9:
             forward(b, t)
         if last >= 10:
+            install(b, t, x)
+        if last >= 11:
             account(b, t, c)
 
 
@@ -172,7 +175,8 @@ class World:
     def run(self, last: int, vectors: int) -> None:
         """Send vectors through the stages up to number `last`."""
         run_stages(
-            self.batch, self.tables, self.conntrack.trackers[0], self.fragments, self.counters,
+            self.batch, self.tables, self.conntrack.trackers[0], self.fragments,
+            self.conntrack.flows, self.counters,
             self.area.ctypes.data, self.images.ctypes.data, self.frames, vectors, last,
         )  # fmt: skip
 

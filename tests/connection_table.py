@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataplane.kernels import connections as c
+from dataplane.kernels.flows import make_flows, places_of
 from dataplane.kernels.house import kernel
 from dataplane.kernels.rows import Rows
 from xdp.abi import CONST, DTYPE, value
@@ -45,14 +46,14 @@ def publish_in(t, mask, number, hashed, reply):
 
 @kernel
 def allocate_in(t, k):
-    index, records, ports = t.index.address, t.records.address, k.nat_ports.address
-    return c.allocate(index, records, k.words.address, ports, k.counters.address)
+    index, records, places = t.index.address, t.records.address, k.places.address
+    return c.allocate(index, records, k.words.address, places, k.counters.address)
 
 
 @kernel
 def remove_from(t, k, number):
-    index, records, ports = t.index.address, t.records.address, k.nat_ports.address
-    return c.remove(index, records, k.words.address, ports, number)
+    index, records, places = t.index.address, t.records.address, k.places.address
+    return c.remove(index, records, k.words.address, places, number)
 
 
 class Arrays(NamedTuple):
@@ -70,9 +71,11 @@ class Table:
         self.index = aligned(records * 4, np.dtype("<u8"))
         self.t = Arrays(Rows(self.records), Rows(self.index))
         self.ports = np.zeros(4 << 16, np.uint32)
+        self.flows = make_flows()
+        self.places = places_of(self.ports, self.flows)
         self.trackers = [
             c.make_tracker(np.zeros(1, DTYPE["track_counter"]), np.zeros(1, DTYPE["exhausted"]),
-                           self.ports, records, n, workers)
+                           self.ports, self.places, records, n, workers)
             for n in range(workers)
         ]  # fmt: skip
         self.k = self.trackers[0]

@@ -23,6 +23,7 @@ from dataplane.engine.worker import make_tables
 from dataplane.kernels.ageing import sweep
 from dataplane.kernels.batch import VERDICT_DROP, VERDICT_HOLD, VERDICT_SEND, make_batch
 from dataplane.kernels.connections import MASK, Tracker
+from dataplane.kernels.flows import make_flows
 from dataplane.kernels.fragments import Fragments, make_fragments
 from dataplane.kernels.rows import Rows
 from dataplane.tables.model import Adjacency, Port, Tunnel
@@ -112,8 +113,12 @@ class World:
         rate: int = 1000,
         workers: int = 1,
         records: int = 0,
+        slots: int = 0,
     ) -> None:
-        """tunnel: an enumerator of enum tunnel_kind; records: of the table of connections."""
+        """tunnel: an enumerator of enum tunnel_kind; records: of the table of connections.
+
+        slots: of the flow table, 0: it is off.
+        """
         self.shm = Shm.create(folder)
         self.workers, self.records = workers, records
         self.writer = TableWriter(self.shm)
@@ -126,6 +131,8 @@ class World:
         open_pods(self.shm, IDENTITY)
         self.tables = make_tables(self.shm)
         self.batch = make_batch()
+        self.flows = make_flows(slots)
+        self.nat_ports = np.zeros(NAT_PORTS, np.uint32)
         self.area = np.full(STRIDE * CONST["VECTOR_MAX"], FILL, np.uint8)
         self.now = 1_000_000_000
         self.forget()
@@ -139,8 +146,8 @@ class World:
 
     def restart(self) -> None:
         """Take up the connections that stand, as a forwarder does that starts."""
-        self.nat_ports = np.zeros(NAT_PORTS, np.uint32)
-        self.conntrack = Conntrack(self.shm, self.nat_ports, self.workers)
+        self.nat_ports[:] = 0
+        self.conntrack = Conntrack(self.shm, self.nat_ports, self.workers, self.flows)
         self.lanes = [self._lane(n) for n in range(self.workers)]
         self.tracker, self.fragments = self.lanes[0].tracker, self.lanes[0].fragments
         self.counters = self.lanes[0].counters
@@ -265,7 +272,8 @@ class World:
     def process(self, worker: int = 0) -> None:
         """Run all stages on what is loaded."""
         lane = self.lanes[worker]
-        loop.process(self.batch, self.tables, lane.tracker, lane.fragments, lane.counters)
+        stages = (lane.tracker, lane.fragments, self.flows, lane.counters)
+        loop.process(self.batch, self.tables, *stages)
 
     def run(self, frames: list[tuple[int, bytes]], worker: int = 0) -> list[Result]:
         """Send frames through all stages."""
@@ -281,7 +289,7 @@ class World:
     def sweep(self) -> int:
         """Forget connections that are idle for too long; return how many."""
         timeouts, mask = Rows(self.shm.node[0]["timeout_s"]), int(self.tracker.words[MASK])
-        tables = (self.tables.connections, self.tables.connection_index, Rows(self.nat_ports))
+        tables = (self.tables.connections, self.tables.connection_index, self.tracker.places)
         tick = self.now >> CONST["TICK_SHIFT"]
         return sweep(*tables, timeouts, mask, 0, self.conntrack.records, tick)[2]
 

@@ -16,7 +16,7 @@
 #ifndef PENSTOCK_ABI_H
 #define PENSTOCK_ABI_H
 
-#define ABI_VERSION 2
+#define ABI_VERSION 3
 
 /* --- limits ------------------------------------------------------------------------------- */
 
@@ -78,6 +78,14 @@
 #define NAT_PROTOCOLS 4              /* rows of the port tables: TCP, UDP, SCTP, ICMP identifiers */
 #define EXHAUSTED_MAX 1024           /* destinations a worker whose ports ran out, direct-mapped */
 #define TIMEOUTS_MAX 16              /* by enum connection_state */
+
+/* The flow table: what XDP forwards by itself */
+#define FLOW_SLOTS_MOST 1048576      /* entries; how many there are is an option */
+#define FLOW_SLOTS_LEAST 256
+#define FLOW_WAYS 8                  /* entries of a bucket: one line of tags */
+#define FLOW_NAT_SOURCE 1            /* struct flow_entry's flags: new source address or port */
+#define FLOW_NAT_TARGET 2
+#define FLOW_KEEP_HOPS 4             /* to the node's own stack: TTL is not counted down */
 
 #define FRAME_SIZE 4096          /* chunk as the kernel knows it: a page */
 #define FRAME_STRIDE 4160        /* distance of chunks: a page and a cache line, see decision 3 */
@@ -263,8 +271,9 @@ enum stage {
   STAGE_ANSWER = 7,
   STAGE_TRANSLATE = 8,
   STAGE_FORWARD = 9,
-  STAGE_ACCOUNT = 10,
-  STAGE_TRANSMIT = 11,
+  STAGE_INSTALL = 10,
+  STAGE_ACCOUNT = 11,
+  STAGE_TRANSMIT = 12,
 };
 
 /* --- XDP program <-> forwarder ------------------------------------------------------------ */
@@ -306,6 +315,77 @@ struct steering {
   __u8 nat6[16];                 /* addresses that connections are masqueraded with; 0: none */
   __u32 nat4_be;
   __u32 reserved1;
+  __u64 flow_seed;               /* of the flow table's hash: nobody outside can make collisions */
+  __u32 flow_mask;               /* buckets - 1 */
+  __u32 flow_generation;         /* entries of another one are stale; 0: the table is off */
+  __u32 flow_vni;                /* VNI that tunnel packets must have */
+  __u8 flow_any_vni;             /* where it carries an identity, any will do */
+  __u8 flow_tunnel;              /* enum tunnel_kind */
+  __u16 flow_abi;                /* ABI_VERSION of who has made the table */
+};
+
+/* What is put in front of a packet on its way out: a copy of an adjacency for XDP. */
+struct hop {
+  __u8 header[128];
+  __u8 remote[16];               /* wire order: the tunnel's other end */
+  __u32 mtu;                     /* largest IP packet, before encapsulation */
+  __u16 header_length;
+  __u16 outer_sum;               /* one's complement sum of the outer IPv4 header in `header` */
+  __u32 port;                    /* key of the device map */
+  __u8 tunnel_family;            /* 0, 4 or 6 */
+  __u8 kind;                     /* enum adjacency_kind */
+  __u16 reserved0;
+  __u64 reserved1[4];
+};
+
+/* One direction of a connection, with all that the pipeline has decided: two cache lines. Addresses and
+ * ports in wire order, IPv4 in the first four bytes. The tag that leads here is stored last and taken
+ * away first; `sequence` is odd while the entry is written. Counters are XDP's. */
+struct flow_entry {
+  __u8 source[16];
+  __u8 target[16];
+  __u16 source_port_be;
+  __u16 target_port_be;
+  __u8 protocol;
+  __u8 family;
+  __u16 entropy_be;              /* source port of the tunnel's outer header */
+  __u32 ifindex;                 /* where its packets come in */
+  __u32 sequence;
+  __u32 generation;
+  __u16 flags;                   /* FLOW_* */
+  __u16 l3_delta;                /* to add to the complement of the IPv4 checksum */
+  __u16 l4_delta;                /* and of the transport's */
+  __u16 reserved0;
+  __u32 hop;                     /* row of the hops */
+
+  __u8 new_source[16];
+  __u8 new_target[16];
+  __u16 new_source_port_be;
+  __u16 new_target_port_be;
+  __u32 tunnel;                  /* in: hop whose remote it must come from; out: VNI << 8, wire order */
+  __u64 packets;
+  __u64 bytes;
+  __u64 last_ns;                 /* CLOCK_MONOTONIC */
+};
+
+/* What has been read of an entry's counters; row i belongs to entry i. Kept in shared memory. */
+struct flow_seen {
+  __u64 packets;
+  __u64 bytes;
+  __u32 state;                   /* enum flow_state, changed by compare-and-swap */
+  __u32 record;                  /* of the connection */
+  __u32 created;                 /* its member of that name: records are used again */
+  __u16 port;                    /* ingress */
+  __u8 way;
+  __u8 reserved;
+};
+
+enum flow_state {
+  FLOW_EMPTY = 0,
+  FLOW_WRITTEN = 1,              /* by the one worker that made it so */
+  FLOW_LIVE = 2,
+  FLOW_RESTING = 3,              /* its tag is gone; a program may still be in the middle of it */
+  FLOW_RESTED = 4,               /* for a turn of the sweeper */
 };
 
 /* --- agent -> forwarder: tables in shared memory -------------------------------------------- */
@@ -329,6 +409,8 @@ struct node {
   __u32 watchdog_ms;             /* heartbeat timeout of the steering map; 0: never */
   __u32 flags;                   /* NODE_* */
   __u32 connections;             /* records that may be used, a power of two; read once */
+  __u32 flow_slots;              /* entries of the flow table, a power of two, 0: off; read once */
+  __u32 reserved1;
   __u32 timeout_s[16];           /* by enum connection_state */
   __u32 nat_first;               /* first source port for masquerading */
   __u32 nat_count;               /* and how many; 0: only ports that are kept */
@@ -515,7 +597,8 @@ struct connection {
   __u32 target_identity;
   __u32 hash;                    /* lower half of the original direction's flow hash */
   __u32 reply_hash;
-  __u64 reserved1;
+  __u32 refusal;                 /* verdict word, with CONNECTION_FLAG_DENIED */
+  __u32 reason;                  /* enum reason, with CONNECTION_FLAG_DENIED */
 
   __u32 owner;                   /* enum record_owner, changed by compare-and-swap */
   __u32 generation;              /* of the policies by which it was judged */
@@ -523,15 +606,15 @@ struct connection {
   __u8 flags;                    /* CONNECTION_FLAG_* */
   __u8 tcp_original;             /* TCP flags seen in each direction */
   __u8 tcp_reply;
-  __u32 refusal;                 /* verdict word, with CONNECTION_FLAG_DENIED */
+  __u32 reserved0;
   __u32 last_original;           /* ticks; a free record: when it was freed */
   __u32 last_reply;
   __u64 packets_original;
   __u64 packets_reply;
   __u64 bytes_original;
   __u64 bytes_reply;
-  __u32 reason;                  /* enum reason, with CONNECTION_FLAG_DENIED */
-  __u32 reserved2;
+  __u32 flow_original;           /* entry of the flow table + 1 by direction; 0: none */
+  __u32 flow_reply;
 };
 
 /* What a worker did about connections; the last row is the sweeper's. */
@@ -616,6 +699,61 @@ struct flow {
   __u64 bytes;
   __u64 last_ns;                 /* CLOCK_MONOTONIC */
   __u64 first_ns;
+};
+
+/* --- forwarder -> whoever watches: a ring of events a writer --------------------------------- */
+
+#define EVENTS_MAX 131072        /* of a ring: the last so many of one writer */
+#define EVENT_REPLY 128          /* flow_record's flags beside CONNECTION_FLAG_*: against its direction */
+
+enum flow_event {
+  EVENT_NONE = 0,
+  EVENT_NEW = 1,                 /* a connection that may pass, with CONNECTION_FLAG_AUDITED by audit only */
+  EVENT_DROP = 2,                /* packets dropped for one reason: one, or all the same of a second */
+  EVENT_CHANGE = 3,              /* TCP flags that its direction had not shown before */
+  EVENT_END = 4,                 /* a connection is forgotten: `state` is how it was, the counts are its own */
+  EVENT_SAMPLE = 5,              /* one packet of many */
+};
+
+/* Two cache lines. Written whole before the ring's head counts it, and never changed afterwards, but
+ * EVENTS_MAX later another one takes its place. The direction is the connection's, for EVENT_DROP and
+ * EVENT_SAMPLE the packet's. ICMP: target_port is type << 8 | code. */
+struct flow_record {
+  __u64 source_hi;
+  __u64 source_lo;
+  __u64 target_hi;               /* as policies see it: the backend, where a service has chosen one */
+  __u64 target_lo;
+  __u64 new_source_hi;           /* as it goes on: another one where it is masqueraded */
+  __u64 new_source_lo;
+  __u64 time_ns;                 /* CLOCK_MONOTONIC */
+  __u64 packets;
+  __u64 reply_packets;
+  __u64 bytes;
+  __u64 reply_bytes;
+  __u32 egress_rule;             /* verdict words; EVENT_DROP: what refused it, of either direction */
+  __u32 source_identity;
+  __u32 ingress_rule;
+  __u32 target_identity;
+  __u16 source_port;
+  __u16 target_port;
+  __u16 new_source_port;
+  __u16 port;                    /* of the port table: where it came in */
+  __u32 service;                 /* row of the service table, 0: none */
+  __u32 lasted;                  /* ticks since the connection was made */
+  __u8 family;                   /* 4 or 6; 0: no IP packet */
+  __u8 protocol;
+  __u8 kind;                     /* enum flow_event */
+  __u8 reason;                   /* enum reason */
+  __u8 flags;
+  __u8 state;                    /* enum connection_state */
+  __u8 tcp;                      /* TCP flags: of the packet; EVENT_END: all of the original direction */
+  __u8 tcp_reply;                /* EVENT_END: all of the reply direction */
+};
+
+/* A row a worker, the last one is the sweeper's. */
+struct event_ring {
+  __u64 head;                    /* events ever written; stored last */
+  __u64 reserved[7];
 };
 
 #endif

@@ -14,7 +14,7 @@ import socket
 import struct
 
 SIOCETHTOOL = 0x8946
-GET_DRIVER, GET_TX_CHECKSUM, SET_TX_CHECKSUM, GET_CHANNELS = 0x03, 0x16, 0x17, 0x3C
+GET_DRIVER, GET_TX_CHECKSUM, SET_TX_CHECKSUM, SET_GRO, GET_CHANNELS = 0x03, 0x16, 0x17, 0x2C, 0x3C
 
 
 def _ioctl(ifname: str, buffer: ctypes.Array) -> None:
@@ -35,6 +35,14 @@ def checksum_is_on(ifname: str) -> bool:
 def checksum_off(ifname: str) -> None:
     """Make the kernel complete the checksums of what the device sends. Raises OSError."""
     _ioctl(ifname, (ctypes.c_uint32 * 2)(SET_TX_CHECKSUM, 0))
+
+
+def coalescing_on(ifname: str) -> None:
+    """Let the device coalesce what it receives (GRO), for which it gets NAPI. Raises OSError.
+
+    A veth takes frames that XDP redirects to its peer only with NAPI (drivers/net/veth.c).
+    """
+    _ioctl(ifname, (ctypes.c_uint32 * 2)(SET_GRO, 1))
 
 
 def driver(ifname: str) -> str:

@@ -50,6 +50,8 @@ ffi.cdef(
     uint32_t bpf_map__key_size(const struct bpf_map *);
     uint32_t bpf_map__value_size(const struct bpf_map *);
     uint32_t bpf_map__max_entries(const struct bpf_map *);
+    int bpf_map__set_max_entries(struct bpf_map *, uint32_t);
+    int bpf_map__reuse_fd(struct bpf_map *, int fd);
 
     int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags);
     int bpf_map_lookup_elem(int fd, const void *key, void *value);

@@ -9,6 +9,7 @@ error with its last useful lines rather than as pages on stderr.
 """
 
 import errno
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -46,8 +47,17 @@ class Program:
 class BpfObject:
     """A loaded object: owner of its programs and maps until `close`."""
 
-    def __init__(self, spec: ObjectSpec) -> None:
-        """Load into the kernel. Raises VerifierError or KernelError."""
+    def __init__(
+        self,
+        spec: ObjectSpec,
+        sizes: Mapping[str, int] | None = None,
+        taken: Mapping[str, int] | None = None,
+    ) -> None:
+        """Load into the kernel. Raises VerifierError or KernelError.
+
+        sizes: max_entries of some maps, instead of the file's; taken: file descriptors of maps
+        that stand already and are used in the place of new ones.
+        """
         self._log = ffi.new("char[]", LOG_BYTES)
         options = ffi.new("struct bpf_object_open_opts *")
         options.sz = ffi.sizeof("struct bpf_object_open_opts")
@@ -56,7 +66,7 @@ class BpfObject:
         self._object = lib.bpf_object__open_file(str(spec.path).encode(), options)
         if self._object == ffi.NULL:
             raise KernelError(f"opening {spec.path}", ffi.errno or errno.EINVAL)
-        code = lib.bpf_object__load(self._object)
+        code = self._settle(sizes or {}, taken or {}) or lib.bpf_object__load(self._object)
         if code < 0:
             log = ffi.string(self._log).decode(errors="replace")
             lib.bpf_object__close(self._object)
@@ -66,6 +76,19 @@ class BpfObject:
             raise KernelError(f"loading {spec.path}", code)
         self.programs = {program.name: program for program in self._programs()}
         self.maps = {entry.name: entry for entry in self._maps()}
+
+    def _settle(self, sizes: Mapping[str, int], taken: Mapping[str, int]) -> int:
+        """Say of some maps how large they are, or that they are there; a negative errno: no."""
+        item = lib.bpf_object__next_map(self._object, ffi.NULL)
+        code = 0
+        while item != ffi.NULL and code == 0:
+            name = text(lib.bpf_map__name(item))
+            if name in taken:
+                code = lib.bpf_map__reuse_fd(item, taken[name])
+            elif name in sizes:
+                code = lib.bpf_map__set_max_entries(item, sizes[name])
+            item = lib.bpf_object__next_map(self._object, item)
+        return code
 
     def _programs(self):
         item = lib.bpf_object__next_program(self._object, ffi.NULL)

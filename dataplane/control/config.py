@@ -23,6 +23,9 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from xdp.abi import CONST
+
+FLOW_SLOTS_LEAST, FLOW_SLOTS_MOST = CONST["FLOW_SLOTS_LEAST"], CONST["FLOW_SLOTS_MOST"]
 DEFAULT_PATH = Path("/etc/penstock/config.yaml")
 TUNNEL_PORTS = {"vxlan": 8472, "geneve": 6081}  # Cilium's defaults; IANA's VXLAN port is 4789
 EXCLUDED = (
@@ -140,6 +143,10 @@ class ForwarderSection(_Section):
     )
     watchdog_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
         3000, description="without a heartbeat for so long the uplink is the kernel's; 0: never"
+    )
+    flow_table: bool = Field(True, description="let XDP forward established flows by itself")
+    flow_entries: Annotated[int, Field(ge=FLOW_SLOTS_LEAST, le=FLOW_SLOTS_MOST)] = Field(
+        1 << 18, description="directions of flows that it holds, 136 bytes each"
     )
     error_rate: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         1000, description="ICMP errors and echo replies a second, a worker"

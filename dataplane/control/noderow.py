@@ -35,6 +35,7 @@ def node_row(config: Config, me: Here, host_port: int) -> dict[str, Any]:
         "frame_count": options.frames,
         "spin_us": options.spin_us,
         "watchdog_ms": options.watchdog_ms,
+        "flow_slots": _power(options.flow_entries) if options.flow_table else 0,
         **_translation(config, me),
         **_tracking(config),
     }
@@ -80,9 +81,13 @@ def _tracking(config: Config) -> dict[str, Any]:
     seconds = [0] * CONST["TIMEOUTS_MAX"]
     for name, timeout in by_state.items():
         seconds[value(name)] = timeout
-    least = CONST["CONNECTIONS_LEAST"]
-    most = 1 << (max(config.conntrack.max, least) - 1).bit_length()
-    return {"connections": most, "timeout_s": tuple(seconds)}
+    records = _power(max(config.conntrack.max, CONST["CONNECTIONS_LEAST"]))
+    return {"connections": records, "timeout_s": tuple(seconds)}
+
+
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
 
 
 def _flags(config: Config) -> int:

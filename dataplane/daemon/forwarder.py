@@ -21,6 +21,7 @@ import numpy as np
 from dataplane.control.config import Config
 from dataplane.control.jsonl import serve
 from dataplane.daemon.log import get_logger
+from dataplane.engine import flowtable
 from dataplane.engine.conntrack import WARN_PERCENT, Conntrack
 from dataplane.engine.frontends import SteeredFrontends
 from dataplane.engine.ports import Ports
@@ -50,16 +51,28 @@ class Forwarder:
         frame_count = int(node["frame_count"]) or 16384
         self.shm = shm
         self.umem = Umem(frame_count)
-        self.bpf = BpfObject(ObjectSpec.load(artifacts.find("penstock.bpf.o")))
+        slots = int(node["flow_slots"])
+        self.bpf = BpfObject(
+            ObjectSpec.load(artifacts.find("penstock.bpf.o")), flowtable.sizes(slots)
+        )
         row = self.bpf.maps["steering"].mmap(DTYPE["steering"])
         self.steering = Steering(row, run_dir / "shm" / FILE, int(node["watchdog_ms"]))
         shm.worker_stats[:] = 0
-        self.conntrack = Conntrack(
-            shm, self.bpf.maps["nat_ports"].mmap(np.dtype("<u8")).view("<u4"), count
-        )
+        self.table = flowtable.FlowTable(shm, self.bpf, row)
+        self.table.start(slots > 0)
+        nat_ports = self.bpf.maps["nat_ports"].mmap(np.dtype("<u8")).view("<u4")
+        self.conntrack = Conntrack(shm, nat_ports, count, self.table.flows)
         bases = np.arange(frame_count, dtype=np.int64) * CONST["FRAME_STRIDE"]
         self.workers = [
-            Worker(number, shm, self.umem.address, part, int(node["spin_us"]), tracker)
+            Worker(
+                number,
+                shm,
+                self.umem.address,
+                part,
+                int(node["spin_us"]),
+                tracker,
+                self.table.flows,
+            )
             for number, (part, tracker) in enumerate(
                 zip(np.array_split(bases, count), self.conntrack.trackers, strict=True)
             )
@@ -68,7 +81,7 @@ class Forwarder:
             worker.start()
         for worker in self.workers:  # the first answer of a cold start comes after compiling
             worker.call(lambda: None, COMPILE_S)
-        self.ports = Ports(shm.ports, self.umem, self.bpf, self.workers)
+        self.ports = Ports(shm.ports, self.umem, self.bpf, self.workers, self.table)
         self.frontends = SteeredFrontends(self.bpf.maps["frontends"], row, shm)
         self.generation = -1
         self._full = False
@@ -80,6 +93,7 @@ class Forwarder:
         self.steering.sync()
         self.frontends.sync()
         self.ports.sync()
+        self.table.renew()
         self.generation = generation
         return self.ports.view()
 
@@ -87,6 +101,7 @@ class Forwarder:
         """Once a second: heartbeat, dead devices, changes without a call, ports that failed."""
         if self._alive():
             self.steering.beat()
+        self.table.collect(self.workers[0].tables)
         self._sweep()
         for name in self.ports.check():
             log.warning("device gone", device=name)
@@ -119,6 +134,7 @@ class Forwarder:
             "huge_pages": self.umem.huge,
             "ports": self.ports.view(),
             "conntrack": self.conntrack.view(),
+            "flow_table": self.table.view(),
             "generation": self.generation,
             "steering_error": self.steering.error or self.frontends.error,
             "frontends": len(self.frontends),

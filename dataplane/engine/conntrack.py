@@ -24,6 +24,7 @@ from dataplane.kernels.connections import (
     MOST,
     make_tracker,
 )
+from dataplane.kernels.flows import Flows, make_flows, places_of
 from dataplane.kernels.rows import Rows
 from dataplane.tables.connection_view import Select, numbers
 from xdp.abi import CONST, DTYPE
@@ -37,10 +38,18 @@ DEFAULT = 1 << 17  # records, where the agent has not said
 class Conntrack:
     """Trackers of all workers over one table, and its sweeper."""
 
-    def __init__(self, shm: Any, nat_ports: np.ndarray, workers: int) -> None:
-        """Take up what stands. nat_ports: uint32[NAT_PORTS], zeroed; the workers do not run yet."""
+    def __init__(
+        self, shm: Any, nat_ports: np.ndarray, workers: int, flows: Flows | None = None
+    ) -> None:
+        """Take up what stands; the workers do not run yet.
+
+        nat_ports: uint32[NAT_PORTS], zeroed; flows: the flow table, none: it is off.
+        """
         self._shm = shm
-        self._tables = tuple(map(Rows, (shm.connections, shm.connection_index, nat_ports)))
+        self.flows = flows or make_flows()
+        self._places = places_of(nat_ports, self.flows)
+        arrays = (shm.connections, shm.connection_index, self._places)
+        self._tables = tuple(map(Rows, arrays))
         wanted = int(shm.node[0]["connections"]) or DEFAULT
         self.records = max(CONST["CONNECTIONS_LEAST"], min(wanted, CONST["CONNECTIONS_MOST"]))
         shm.track_counters[:] = np.zeros((), DTYPE["track_counter"])
@@ -49,6 +58,7 @@ class Conntrack:
                 shm.track_counters[n : n + 1],
                 shm.exhausted[n],
                 nat_ports,
+                self._places,
                 self.records,
                 n,
                 workers,

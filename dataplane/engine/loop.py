@@ -17,6 +17,7 @@ from dataplane.engine.rings import collect, flush, receive, transmit
 from dataplane.kernels.admit import admit
 from dataplane.kernels.answer import answer
 from dataplane.kernels.connect import connect
+from dataplane.kernels.flows import install
 from dataplane.kernels.forward import forward
 from dataplane.kernels.fragments import fragments
 from dataplane.kernels.house import inline, kernel, load64_acquire, types
@@ -42,6 +43,7 @@ JUDGE = value("STAGE_JUDGE")
 ANSWER = value("STAGE_ANSWER")
 TRANSLATE = value("STAGE_TRANSLATE")
 FORWARD = value("STAGE_FORWARD")
+INSTALL = value("STAGE_INSTALL")
 ACCOUNT = value("STAGE_ACCOUNT")
 TRANSMIT = value("STAGE_TRANSMIT")
 
@@ -76,7 +78,7 @@ def _mark(c, stage, sampled):
 
 
 @inline
-def stages(b, t, k, f, c, sampled):
+def stages(b, t, k, f, x, c, sampled):
     """Every decision about a vector, in order."""
     parse(b)
     _mark(c, PARSE, sampled)
@@ -98,12 +100,14 @@ def stages(b, t, k, f, c, sampled):
     _mark(c, TRANSLATE, sampled)
     forward(b, t)
     _mark(c, FORWARD, sampled)
+    install(b, t, x)
+    _mark(c, INSTALL, sampled)
 
 
 @kernel
-def process(b, t, k, f, c):
+def process(b, t, k, f, x, c):
     """Decide about a vector that does not come from rings (tests, fuzzer, engine benchmark)."""
-    stages(b, t, k, f, c, False)
+    stages(b, t, k, f, x, c, False)
 
 
 @kernel
@@ -113,7 +117,7 @@ def tally(b, t, c):
 
 
 @inline
-def _step(b, r, t, k, f, c, now):
+def _step(b, r, t, k, f, x, c, now):
     """Decide about and send the vector that was received; returns sockets that still wait."""
     stats = c.stats[0]
     sampled = (stats.steps & np.uint64(SAMPLE_MASK)) == np.uint64(0)
@@ -123,7 +127,7 @@ def _step(b, r, t, k, f, c, now):
     b.now_ns[0] = now
     c.marks[0] = now
     _mark(c, RECEIVE, sampled)
-    stages(b, t, k, f, c, sampled)
+    stages(b, t, k, f, x, c, sampled)
     transmit(b, r, c.kicks)
     _mark(c, TRANSMIT, sampled)
     account(b, t, c)
@@ -152,10 +156,10 @@ def _sleep(c, control):
 
 
 @kernel
-def run(b, r, t, k, f, c, control):
+def run(b, r, t, k, f, x, c, control):
     """Work until the stop word is raised.
 
-    b: Batch, r: Rings, t: Tables, k: Tracker, f: Fragments, c: Counters.
+    b: Batch, r: Rings, t: Tables, k: Tracker, f: Fragments, x: Flows, c: Counters.
     """
     stop = control[CONTROL_ADDRESS]
     now = _now(c)
@@ -164,7 +168,7 @@ def run(b, r, t, k, f, c, control):
     while load64_acquire(stop) == 0:
         now = _now(c)
         if receive(b, r, f, now) > 0:
-            waiting = _step(b, r, t, k, f, c, now)
+            waiting = _step(b, r, t, k, f, x, c, now)
             last = now
             c.stats[0].heartbeat_ns = np.uint64(now)
             continue

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from dataplane.engine.flowtable import FlowTable
 from dataplane.engine.worker import Worker
 from xdp.abi import CONST, DTYPE, value
 from xdp.errors import XdpError
@@ -63,8 +64,16 @@ class OpenPort:
 class Ports:
     """All open ports of a forwarder."""
 
-    def __init__(self, rows: np.ndarray, umem: Umem, bpf: BpfObject, workers: list[Worker]) -> None:
+    def __init__(
+        self,
+        rows: np.ndarray,
+        umem: Umem,
+        bpf: BpfObject,
+        workers: list[Worker],
+        table: FlowTable,
+    ) -> None:
         """rows: the port table, port[PORTS_MAX]."""
+        self._table = table
         self._rows = rows
         self._umem = umem
         self._bpf = bpf
@@ -112,6 +121,7 @@ class Ports:
         try:
             self._open_sockets(port)
             self._attach(port)
+            self._table.open(port.index, port.ifindex)
         except (XdpError, OSError, RuntimeError) as error:
             self._close(port)
             port.error = f"port {port.name}: {error}"
@@ -167,6 +177,8 @@ class Ports:
 
     def _close(self, port: OpenPort, detach: bool = True) -> None:
         self._open.pop(port.index, None)
+        if detach:
+            self._table.close(port.index)
         if port.link:
             port.link.close()
             port.link = None

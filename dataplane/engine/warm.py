@@ -22,6 +22,8 @@ def _jobs() -> list[tuple[str, Callable[[], object]]]:
     from dataplane.engine import loop
     from dataplane.engine.conntrack import NAT_PORTS, Conntrack
     from dataplane.engine.worker import Worker
+    from dataplane.kernels.flows import renew
+    from dataplane.kernels.harvest import harvest
     from dataplane.tables.shm import Shm
     from xdp.abi import CONST
 
@@ -29,10 +31,10 @@ def _jobs() -> list[tuple[str, Callable[[], object]]]:
     shm = Shm.create(Path(scratch.name))
     frames = np.arange(4, dtype=np.int64) * CONST["FRAME_STRIDE"]
     conntrack = Conntrack(shm, np.zeros(NAT_PORTS, np.uint32), 1)
-    worker = Worker(0, shm, 0, frames, 0, conntrack.trackers[0])
+    worker = Worker(0, shm, 0, frames, 0, conntrack.trackers[0], conntrack.flows)
     worker.control[loop.CONTROL_STOP] = 1  # run returns before its first step
     batch, _, *stages, _ = worker.arguments
-    tables, _, _, counters = stages
+    tables, _, _, flows, counters = stages
     kernels = [
         ("parse", lambda: loop.parse(batch)),
         ("admit", lambda: loop.admit(batch, tables)),
@@ -40,6 +42,9 @@ def _jobs() -> list[tuple[str, Callable[[], object]]]:
         ("connect", lambda: loop.connect(batch, tables, worker.tracker)),
         ("answer", lambda: loop.answer(batch, tables)),
         ("translate", lambda: loop.translate(batch, tables)),
+        ("the flow table", lambda: loop.install(batch, tables, flows)),
+        ("and its counters", lambda: harvest(tables, counters, flows, 0, 0)),
+        ("and its generation", lambda: renew(flows)),
     ]
     return [
         *kernels,

@@ -33,6 +33,7 @@ from dataplane.engine.rings import (
 )
 from dataplane.kernels.batch import make_batch
 from dataplane.kernels.connections import Tracker
+from dataplane.kernels.flows import Flows
 from dataplane.kernels.fragments import make_fragments
 from dataplane.kernels.rows import Rows
 from dataplane.kernels.tables import Tables
@@ -52,10 +53,12 @@ class Worker:
         frames: np.ndarray,
         spin_us: int,
         tracker: Tracker,
+        flows: Flows,
     ) -> None:
         """Prepare worker `number` over UMEM address `area` with its own chunk bases `frames`."""
         self.number = number
         self.tracker = tracker
+        self.flows = flows
         self.fragments = make_fragments()
         self.rings = make_rings(area, frames)
         self.batch = make_batch()
@@ -82,7 +85,7 @@ class Worker:
     @property
     def arguments(self) -> tuple:
         """What loop.run takes."""
-        stages = (self.tables, self.tracker, self.fragments, self.counters)
+        stages = (self.tables, self.tracker, self.fragments, self.flows, self.counters)
         return (self.batch, self.rings, *stages, self.control)
 
     def start(self) -> None:

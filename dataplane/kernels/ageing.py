@@ -14,10 +14,12 @@ from dataplane.kernels.connections import (
     CLAIMED,
     ESTABLISHED,
     FLAGS,
+    FLOW_SLOT,
     FREE,
     LINE,
     LIVE,
     OWNER,
+    PLACE_NAT_PORTS,
     PORT_TAKEN,
     RECORD,
     REPLIED,
@@ -35,20 +37,22 @@ from dataplane.kernels.house import (
     load8,
     load32,
     load32_acquire,
+    load64,
     prefetch,
     store32,
+    store64,
     swap32,
 )
 
 
 @kernel
-def sweep(connections, index, nat_ports, timeout_s, mask, first, end, tick):
+def sweep(connections, index, places, timeout_s, mask, first, end, tick):
     """Forget records first..end-1 whose time is over; return (live, established, removed).
 
-    Runs beside the workers. connections, index, nat_ports: Rows of connection, uint64, uint32;
-    timeout_s: Rows of uint32[TIMEOUTS_MAX]; mask: buckets - 1; tick: now.
+    Runs beside the workers. connections, index: Rows of connection, uint64; places: of
+    flows.places_of; timeout_s: Rows of uint32[TIMEOUTS_MAX]; mask: buckets - 1; tick: now.
     """
-    records, where, ports = connections.address, index.address, nat_ports.address
+    records, where, along = connections.address, index.address, places.address
     live = established = removed = 0
     for number in range(first, end):
         record = records + number * RECORD
@@ -58,7 +62,7 @@ def sweep(connections, index, nat_ports, timeout_s, mask, first, end, tick):
         state = load8(record + STATE)
         idle_s = (idle_of(record, tick) << TICK_SHIFT) // 1_000_000_000
         if idle_s >= np.int64(timeout_s[state]) and swap32(record + OWNER, LIVE, CLAIMED):
-            unlink(where, records, mask, number, ports)
+            unlink(where, records, mask, number, along)
             release(records, number, tick)
             removed += 1
             continue
@@ -69,27 +73,27 @@ def sweep(connections, index, nat_ports, timeout_s, mask, first, end, tick):
 
 
 @kernel
-def forget(connections, index, nat_ports, mask, numbers, count, tick):
+def forget(connections, index, places, mask, numbers, count, tick):
     """Forget the records of a list; return how many were there. numbers: Rows of int64."""
-    records, where, ports = connections.address, index.address, nat_ports.address
+    records, where, along = connections.address, index.address, places.address
     gone = 0
     for n in range(count):
         record = records + numbers[n] * RECORD
         if swap32(record + OWNER, LIVE, CLAIMED):
-            unlink(where, records, mask, numbers[n], ports)
+            unlink(where, records, mask, numbers[n], along)
             release(records, numbers[n], tick)
             gone += 1
     return gone
 
 
 @kernel
-def restore(connections, index, nat_ports, mask, first, end):
+def restore(connections, index, places, mask, first, end):
     """Index records first..end-1 again after a forwarder has died; return (live, highest + 1).
 
     Arguments as for `sweep`; the index must be empty. Records that were CLAIMED become free: nobody
     is at work on them.
     """
-    records, where, ports = connections.address, index.address, nat_ports.address
+    records, where, along = connections.address, index.address, places.address
     live = highest = 0
     for number in range(first, end):
         record = records + number * RECORD
@@ -97,12 +101,13 @@ def restore(connections, index, nat_ports, mask, first, end):
         if owner == FREE:
             continue
         store32(record + OWNER, CLAIMED)
+        store64(record + FLOW_SLOT, 0)
         hashed, reply = hash_at(record), hash_at(record + LINE)
         if owner == LIVE and publish(where, records, mask, number, hashed, reply):
             live += 1
             highest = number + 1
             if load8(record + FLAGS) & PORT_TAKEN:
-                count_port(ports, record, 1)
+                count_port(load64(along + PLACE_NAT_PORTS * 8), record, 1)
         else:
             store32(record + OWNER, FREE)
     return live, highest

@@ -48,6 +48,7 @@ FLAG_RELATED = 16384  # an ICMP error about connection `connection`
 FLAG_AUDITED = 32768  # passes by policy audit only
 FLAG_NAT_SOURCE = 65536  # its source was made one of this node's own
 FLAG_ADMITTED = 131072  # was held as a fragment: `admit` has seen it
+FLAG_WORTH = 262144  # its direction is worth an entry of the flow table
 
 WAY_ORIGINAL = 0  # Batch.way: as the connection's first packet
 WAY_REPLY = 1
@@ -59,6 +60,7 @@ SEGMENT, SINGLE = ("i8", SEGMENTS_MAX), ("i8", 1)
 COLUMNS = {
     "count": SINGLE,  # packets in this vector
     "now_ns": SINGLE,  # CLOCK_MONOTONIC at the start of the step
+    "flow_generation": SINGLE,  # of the flow table, from before the first decision; 0: off
     "area": SINGLE,  # memory address that `frame` and `segment_frame` count from
     "address": NUMBER,  # memory address of the first byte (Ethernet header)
     "frame": NUMBER,  # UMEM chunk base of the first segment, offset from the start of the area
@@ -85,6 +87,8 @@ COLUMNS = {
     "source_lo": WIDE,
     "target_hi": WIDE,  # destination address
     "target_lo": WIDE,
+    "first_target_hi": WIDE,  # with FLAG_NAT, the destination as it was received
+    "first_target_lo": WIDE,
     "source_port": NUMBER,  # TCP, UDP, SCTP; identifier of an ICMP query; else 0
     "target_port": NUMBER,  # TCP, UDP, SCTP; identifier of an ICMP query's reply; else 0
     "ttl": NUMBER,  # TTL / hop limit

@@ -288,7 +288,7 @@ def _insert(
     """Make the record of a connection that may pass, and let its packet through."""
     index, records = t.connection_index.address, t.connections.address
     words, ports = k.words.address, k.nat_ports.address
-    number = allocate(index, records, words, ports, k.counters.address)
+    number = allocate(index, records, words, k.places.address, k.counters.address)
     if number < 0:
         k.counters[0].refused += np.uint64(1)
         drop(b, i, INSERTION_FAILED)
@@ -336,7 +336,7 @@ def _first(b, t, k, i, number):
     if found < 0 or found & 1 or found >> 1 == number:
         return number
     if swap32(records + number * RECORD + OWNER, LIVE, CLAIMED):
-        unlink(index, records, k.words[MASK], number, k.nat_ports.address)
+        unlink(index, records, k.words[MASK], number, k.places.address)
         release(records, number, k.words[TICK])
     return found >> 1
 
@@ -426,12 +426,12 @@ def _one(b, t, k, i):
         record = t.connections.address + number * RECORD
         stale = load32(record + GENERATION) != k.words[JUDGEMENT]
         if not is_new(b, i, record) and (not stale or judge_again(t, k, number)):
-            if settle(b, i, record, b.way[i], k.words[TICK]):
+            if settle(b, i, record, b.way[i], k.words[TICK], k.places.address):
                 return
         else:
             remove(
                 t.connection_index.address, t.connections.address,
-                k.words.address, k.nat_ports.address, number,
+                k.words.address, k.places.address, number,
             )  # fmt: skip
         b.connection[i] = -1
     _create(b, t, k, i)

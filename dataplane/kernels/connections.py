@@ -45,14 +45,17 @@ from dataplane.kernels.parse import mix
 from dataplane.kernels.rows import Rows
 from xdp.abi import CONST, DTYPE, value
 
-_FIELDS = DTYPE["connection"].fields
-assert _FIELDS is not None
+
+def offset_of(struct: str, field: str) -> int:
+    """Return the offset of a structure's member."""
+    fields = DTYPE[struct].fields
+    assert fields is not None
+    return int(fields[field][1])
 
 
 def offset(field: str) -> int:
     """Return the offset of a member of struct connection."""
-    assert _FIELDS is not None
-    return int(_FIELDS[field][1])
+    return offset_of("connection", field)
 
 
 RECORD = DTYPE["connection"].itemsize
@@ -66,6 +69,7 @@ TCP_SEEN = offset("tcp_original")
 LAST = offset("last_original")
 PACKETS = offset("packets_original")
 BYTES = offset("bytes_original")
+FLOW_SLOT = offset("flow_original")
 HASH = offset("hash")
 REPLY_HASH = offset("reply_hash")
 CREATED = offset("created")
@@ -74,6 +78,10 @@ FREE, CLAIMED, LIVE = (value(f"RECORD_{name}") for name in ("FREE", "CLAIMED", "
 ESTABLISHED = value("CONNECTION_ESTABLISHED")
 REPLIED = value("CONNECTION_REPLIED")
 PORT_TAKEN = CONST["CONNECTION_FLAG_PORT_TAKEN"]
+
+FLOW_LIVE, FLOW_RESTING = value("FLOW_LIVE"), value("FLOW_RESTING")
+SEEN = DTYPE["flow_seen"].itemsize
+SEEN_RECORD, SEEN_STATE = (offset_of("flow_seen", name) for name in ("record", "state"))
 
 BUCKET = 64  # bytes
 WAYS = CONST["INDEX_WAYS"]
@@ -89,6 +97,9 @@ REST = 2  # ticks that a freed record rests
 EVICT_IDLE = 3600  # ticks (a minute): an established connection idle for less is never evicted
 LIMIT_LEAST = 4096
 
+# Words of Tracker.places: memory addresses.
+PLACE_NAT_PORTS, PLACE_TAGS, PLACE_SEEN, PLACE_GENERATION = 0, 1, 2, 3
+
 # Words of Tracker.words: a worker's own state.
 HAND, FIRST, LIMIT, MOST = 0, 1, 2, 3  # next record, first of its part, records in use, in its part
 MASK = 4  # buckets of the index - 1
@@ -96,6 +107,7 @@ JUDGEMENT = 5  # of the tables, read once a vector
 TICK = 6  # now
 WORKERS = 7
 SAVED = 8  # steps of the hand that were spared
+NOTICED = 9  # 9, 10, 11: generations of the tables that the flow table follows
 WORDS = 16
 
 
@@ -106,19 +118,22 @@ class Tracker(NamedTuple):
     counters: Rows  # track_counter[1]: its row
     exhausted: Rows  # exhausted[EXHAUSTED_MAX]: its row
     nat_ports: Rows  # uint32[NAT_PROTOCOLS * 65536]: connections by NAT port
+    places: Rows  # int64[4]: memory addresses of what goes with a connection
 
 
 def make_tracker(
     counters: np.ndarray,
     exhausted: np.ndarray,
     nat_ports: np.ndarray,
+    places: np.ndarray,
     records: int,
     worker: int = 0,
     workers: int = 1,
 ) -> Tracker:
     """Return the Tracker of a worker over its part of `records` (a power of two) records.
 
-    counters: track_counter[1]; exhausted: exhausted[EXHAUSTED_MAX]; nat_ports: uint32[4 * 65536].
+    counters: track_counter[1]; exhausted: exhausted[EXHAUSTED_MAX]; nat_ports: uint32[4 * 65536];
+    places: of flows.places_of.
     """
     words = np.zeros(WORDS, np.int64)
     part = records // workers
@@ -127,7 +142,7 @@ def make_tracker(
     words[MASK] = records * 4 // WAYS - 1
     words[WORKERS] = workers
     counters[0]["limit"] = words[LIMIT]
-    return Tracker(Rows(words), Rows(counters), Rows(exhausted), Rows(nat_ports))
+    return Tracker(Rows(words), Rows(counters), Rows(exhausted), Rows(nat_ports), Rows(places))
 
 
 @inline
@@ -242,13 +257,35 @@ def publish(index, records, mask, number, hashed, reply_hashed):
 
 
 @outline
-def unlink(index, records, mask, number, nat_ports):
-    """Make a CLAIMED record unfindable and give its NAT port back. nat_ports: memory address."""
+def unlink(index, records, mask, number, places):
+    """Make a CLAIMED record unfindable; NAT port and flow entries go. places: memory address."""
     record = records + number * RECORD
+    cut_flows(places, record, number)
     _take(index, mask, load32(record + HASH), number << 1)
     _take(index, mask, load32(record + REPLY_HASH), number << 1 | 1)
     if load8(record + FLAGS) & PORT_TAKEN:
-        count_port(nat_ports, record, -1)
+        count_port(load64(places + PLACE_NAT_PORTS * 8), record, -1)
+
+
+@outline
+def cut_flows(places, record, number):
+    """Take a connection's entries out of the flow table: its packets come back to the workers."""
+    for way in range(2):
+        at = record + FLOW_SLOT + way * 4
+        slot = load32(at) - 1
+        if slot < 0:
+            continue
+        store32(at, 0)
+        seen = load64(places + PLACE_SEEN * 8) + slot * SEEN
+        if load32(seen + SEEN_RECORD) == number:
+            retire(load64(places + PLACE_TAGS * 8) + slot * 4, seen)
+
+
+@inline
+def retire(tag, seen):
+    """Take an entry of the flow table out of XDP's sight. tag, seen: memory addresses."""
+    store32_release(tag, 0)
+    swap32(seen + SEEN_STATE, FLOW_LIVE, FLOW_RESTING)
 
 
 @inline
@@ -296,10 +333,10 @@ def _rank(record, tick):
 
 
 @outline
-def allocate(index, records, words, nat_ports, counters):
+def allocate(index, records, words, places, counters):
     """Return the number of a record that is now CLAIMED, -1 when no room can be made.
 
-    words, nat_ports, counters: memory addresses of Tracker's arrays.
+    words, places, counters: memory addresses of Tracker's arrays.
     """
     first, limit = load64(words + FIRST * 8), load64(words + LIMIT * 8)
     most, tick = load64(words + MOST * 8), load64(words + TICK * 8)
@@ -342,7 +379,7 @@ def allocate(index, records, words, nat_ports, counters):
             return number
     if victim >= 0 and swap32(records + victim * RECORD + OWNER, LIVE, CLAIMED):
         mask = load64(words + MASK * 8)
-        unlink(index, records, mask, victim, nat_ports)
+        unlink(index, records, mask, victim, places)
         # The others that it has seen are seen again: else a hand that comes round to many that
         # stay every few evictions would refuse as often as it evicts.
         store64(words + HAND * 8, (start + (1 if far < SCAN else far + 1)) % limit)
@@ -351,14 +388,8 @@ def allocate(index, records, words, nat_ports, counters):
     return np.int64(-1)
 
 
-def _counter(field: str) -> int:
-    fields = DTYPE["track_counter"].fields
-    assert fields is not None
-    return int(fields[field][1])
-
-
-LIMIT_COUNTER = _counter("limit")
-EVICTED_COUNTER = _counter("evicted")
+LIMIT_COUNTER = offset_of("track_counter", "limit")
+EVICTED_COUNTER = offset_of("track_counter", "evicted")
 
 
 @inline
@@ -370,11 +401,11 @@ def release(records, number, tick):
 
 
 @inline
-def remove(index, records, words, nat_ports, number):
+def remove(index, records, words, places, number):
     """Take a live connection out of the table; False when another thread is at it."""
     if not swap32(records + number * RECORD + OWNER, LIVE, CLAIMED):
         return False
-    unlink(index, records, load64(words + MASK * 8), number, nat_ports)
+    unlink(index, records, load64(words + MASK * 8), number, places)
     release(records, number, load64(words + TICK * 8))
     return True
 

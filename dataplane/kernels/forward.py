@@ -3,12 +3,13 @@
 Rule: what leaves here is complete; the engine only moves frame numbers.
 
 Theory. An adjacency's template is everything that stands before the IP packet on the way out: an
-Ethernet header, or Ethernet, IP, UDP, VXLAN or Geneve and inner Ethernet. It is copied over the
-old Ethernet header into the headroom; lengths, TOS, source port and the outer checksum are
-patched. The outer IPv4 checksum is the template's precomputed sum plus two words. The source port
-carries the inner flow's entropy (RFC 7348 5, RFC 8926 3.3), DF is set (RFC 7348 4.3), the outer
-UDP checksum is 0 (RFC 6935 for IPv6), TTL is the template's 64, DSCP and ECN are copied (RFC 2983
-uniform, RFC 6040 normal mode). TTL's checksum change is incremental (RFC 1141, RFC 1624).
+Ethernet header, or Ethernet, IP, UDP, VXLAN or Geneve and inner Ethernet. It is copied over the old
+Ethernet header into the headroom; lengths, TOS, source port and the outer checksum are patched. The
+outer IPv4 checksum is the template's precomputed sum plus two words. The source port carries the
+inner flow's entropy (RFC 7348 5, RFC 8926 3.3), and so does IPv6's flow label; DF is set (RFC 7348
+4.3), the outer UDP checksum is 0 (RFC 6935 for IPv6), TTL is the template's 64, DSCP and ECN are
+copied (RFC 2983 uniform, RFC 6040 normal mode). TTL's checksum change is incremental (RFC 1141, RFC
+1624).
 """
 
 import numpy as np
@@ -42,7 +43,6 @@ ADJACENCY_HOST = value("ADJACENCY_HOST")
 ADJACENCY_GATEWAY = value("ADJACENCY_GATEWAY")
 UNKNOWN_TARGET = value("REASON_UNKNOWN_TARGET")
 HEADER_MAX = CONST["HEADER_MAX"]
-LABEL_MASK = np.uint64(0xFFFFF)
 PORT_MASK = np.uint64(wire.TUNNEL_PORTS_MASK)
 
 PORT_POD = value("PORT_POD")
@@ -80,7 +80,7 @@ def _copy_template(at, template, size):
 
 
 @inline
-def _vni(b, t, i):
+def vni_of(b, t, i):
     """The identity that a packet carries through the tunnel: its pod's, or that of a node."""
     pod = t.ports[b.ingress[i]].kind == PORT_POD
     if pod and not b.flags[i] & (FLAG_LOCAL | FLAG_NAT_SOURCE):
@@ -92,7 +92,7 @@ def _vni(b, t, i):
 def _patch_outer(b, t, i, at, size, row):
     """Fill the outer header's lengths, TOS, checksum, source port, VNI; at: start of the frame."""
     if t.node[0].flags & NODE_IDENTITY_VNI:  # VXLAN and Geneve have it in the same place
-        store32be(at + size - VNI_FROM_END, _vni(b, t, i) << 8)
+        store32be(at + size - VNI_FROM_END, vni_of(b, t, i) << 8)
     payload = size + b.ip_length[i]
     source = wire.TUNNEL_PORTS_BASE + np.int64(b.hash[i] & PORT_MASK)
     if row.tunnel_family == 4:
@@ -104,8 +104,7 @@ def _patch_outer(b, t, i, at, size, row):
         store16be(at + OUTER_UDP4, source)
         store16be(at + OUTER_UDP4 + wire.UDP_LENGTH_FIELD, payload - OUTER_UDP4)
     else:
-        label = np.int64(b.hash[i] & LABEL_MASK)
-        store32be(at + OUTER, (6 << 28) | (b.tos[i] << 20) | label)
+        store32be(at + OUTER, (6 << 28) | (b.tos[i] << 20) | source)  # RFC 6438: label
         store16be(at + OUTER + wire.IP6_PAYLOAD, payload - OUTER_UDP6)
         store16be(at + OUTER_UDP6, source)
         store16be(at + OUTER_UDP6 + wire.UDP_LENGTH_FIELD, payload - OUTER_UDP6)

@@ -214,17 +214,28 @@ def swap64(typing, address, old, new):
     return types.boolean(types.int64, types.int64, types.int64), _compare_and_swap(64)
 
 
+def _atomic_add(bits: int):
+    word = ir.IntType(bits)
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], word.as_pointer())
+        number = args[1] if bits == 64 else builder.trunc(args[1], word)
+        old = builder.atomic_rmw("add", pointer, number, "monotonic")
+        return old if bits == 64 else builder.zext(old, ir.IntType(64))
+
+    return generate
+
+
 @intrinsic
 def add32(typing, address, value):
     """Add to a native 32-bit word, atomically; return what stood there."""
+    return types.int64(types.int64, types.int64), _atomic_add(32)
 
-    def generate(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(32).as_pointer())
-        number = builder.trunc(args[1], ir.IntType(32))
-        old = builder.atomic_rmw("add", pointer, number, "monotonic")
-        return builder.zext(old, ir.IntType(64))
 
-    return types.int64(types.int64, types.int64), generate
+@intrinsic
+def add64(typing, address, value):
+    """Add to a native 64-bit word, atomically; return what stood there."""
+    return types.int64(types.int64, types.int64), _atomic_add(64)
 
 
 @intrinsic

@@ -80,13 +80,14 @@ def next_other(state, way):
 def advance(record_state, record_seen, protocol, at, way):
     """Bring a record's state up to date with a packet whose transport header stands at `at`.
 
+    Returns True when an established connection is so no more.
     record_state: memory address of its state byte; record_seen: of its two bytes of TCP flags.
     """
     state = load8(record_state)
     if protocol == wire.TCP:
         flags = load8(at + wire.TCP_FLAGS)
         if state == ESTABLISHED and not flags & UNUSUAL:
-            return
+            return False
         seen, other = load8(record_seen + way), load8(record_seen + 1 - way)
         fresh = next_tcp(state, flags, way, seen, other)
         if flags | seen != seen:
@@ -95,8 +96,10 @@ def advance(record_state, record_seen, protocol, at, way):
         fresh = next_sctp(state, load8(at + wire.SCTP_CHUNK), way)
     else:
         fresh = next_other(state, way)
-    if fresh != state:
-        store8(record_state, fresh)
+    if fresh == state:
+        return False
+    store8(record_state, fresh)
+    return state == ESTABLISHED
 
 
 @inline

@@ -24,6 +24,7 @@ from dataplane.kernels.batch import (
     FLAG_MULTICAST,
     FLAG_NAT,
     FLAG_NAT_SOURCE,
+    FLAG_WORTH,
     KIND_IP4,
     KIND_IP6,
     VERDICT_PENDING,
@@ -31,6 +32,7 @@ from dataplane.kernels.batch import (
 from dataplane.kernels.connections import (
     BYTES,
     FLAGS,
+    FLOW_SLOT,
     GENERATION,
     JUDGEMENT,
     LAST,
@@ -38,8 +40,10 @@ from dataplane.kernels.connections import (
     LIVE,
     LOWER,
     MASK,
+    NOTICED,
     OWNER,
     PACKETS,
+    PLACE_GENERATION,
     RECORD,
     STATE,
     TCP_SEEN,
@@ -48,11 +52,13 @@ from dataplane.kernels.connections import (
     WORD,
     WORD_BASE,
     bucket_of,
+    cut_flows,
     offset,
     same_tuple,
     tag_of,
 )
 from dataplane.kernels.house import (
+    add32,
     inline,
     kernel,
     load8,
@@ -77,6 +83,8 @@ AUDITED = CONST["CONNECTION_FLAG_AUDITED"]
 REFUSAL, REASON = offset("refusal"), offset("reason")
 SOURCE_IDENTITY, TARGET_IDENTITY = offset("source_identity"), offset("target_identity")
 GENERATION_MASK = 0xFFFFFFFF
+FLOW_EVERY = 7  # a direction's FLOW_LEAST'th packet is worth an entry, and each 8th from there
+FLOW_LEAST = 4
 
 
 @inline
@@ -111,6 +119,7 @@ def translated(b, i, record, way):
         return False
     if b.nat_source_lo[i] != b.source_lo[i] or b.nat_source_hi[i] != b.source_hi[i]:
         b.flags[i] |= FLAG_NAT_SOURCE
+    b.first_target_hi[i], b.first_target_lo[i] = b.target_hi[i], b.target_lo[i]
     b.target_hi[i] = b.nat_target_hi[i]
     b.target_lo[i] = b.nat_target_lo[i]
     b.flags[i] |= FLAG_NAT
@@ -130,13 +139,16 @@ def count(b, i, record, way, tick):
     """Charge packet i to its connection."""
     store32(record + LAST + way * 4, tick)
     at = record + PACKETS + way * 8
-    store64(at, load64(at) + 1)
+    packets = load64(at) + 1
+    store64(at, packets)
+    if packets & FLOW_EVERY == FLOW_LEAST or load32(record + FLOW_SLOT + way * 4):
+        b.flags[i] |= FLAG_WORTH
     at = record + BYTES + way * 8
     store64(at, load64(at) + b.ip_length[i])
 
 
 @inline
-def settle(b, i, record, way, tick):
+def settle(b, i, record, way, tick, places):
     """Let packet i of a judged connection pass, or refuse it; False when the record is no more."""
     flags = load8(record + FLAGS)
     if flags & DENIED:
@@ -147,7 +159,8 @@ def settle(b, i, record, way, tick):
     count(b, i, record, way, tick)
     if not b.flags[i] & FLAG_LATER_FRAGMENT:
         at = b.address[i] + b.l4[i]
-        advance(record + STATE, record + TCP_SEEN, b.protocol[i], at, way)
+        if advance(record + STATE, record + TCP_SEEN, b.protocol[i], at, way):
+            cut_flows(places, record, b.connection[i])
     if flags & AUDITED:
         b.flags[i] |= FLAG_AUDITED
     if flags & (NAT_SOURCE | NAT_TARGET):
@@ -166,7 +179,7 @@ def is_new(b, i, record):
 
 
 @inline
-def _known(b, i, records, judgement, tick):
+def _known(b, i, records, judgement, tick, places):
     """True when packet i's connection is known, judged, and the packet dealt with."""
     number = b.connection[i]
     if number < 0:
@@ -177,7 +190,7 @@ def _known(b, i, records, judgement, tick):
         return False
     if load32(record + GENERATION) != judgement or is_new(b, i, record):
         return False
-    if not settle(b, i, record, b.way[i], tick):
+    if not settle(b, i, record, b.way[i], tick, places):
         b.connection[i] = -1
         return False
     return True
@@ -215,20 +228,40 @@ def _find_records(b, t, k):
                 prefetch(record + OWNER)
 
 
+@inline
+def follow_tables(t, k):
+    """Make the flow table stale if a table has changed; return its generation.
+
+    The generation is read before the tables are, so an entry of this vector is stale if one of
+    them changes from here on: their writer increments its own generation last.
+    """
+    at = k.places[PLACE_GENERATION]
+    c = t.control[0]
+    fresh = (np.int64(c.generation), np.int64(c.judgement), np.int64(c.ports_generation))
+    changed = False
+    for n in range(3):
+        changed |= k.words[NOTICED + n] != fresh[n]
+        k.words[NOTICED + n] = fresh[n]
+    if changed and load32(at):
+        add32(at, 1)
+    return load32_acquire(at)
+
+
 @kernel
 def track(b, t, k):
     """Find every packet's connection. About 8 ns a packet of a known one. k: Tracker."""
     k.words[TICK] = b.now_ns[0] >> TICK_SHIFT
+    b.flow_generation[0] = follow_tables(t, k)
     k.words[JUDGEMENT] = np.int64(t.control[0].judgement) & GENERATION_MASK
     _find_buckets(b, t, k)
     _find_records(b, t, k)
     records = t.connections.address
-    judgement, tick = k.words[JUDGEMENT], k.words[TICK]
+    judgement, tick, places = k.words[JUDGEMENT], k.words[TICK], k.places.address
     todo = 0
     for i in range(b.count[0]):
         if not trackable(b, t, i):
             continue
-        if not _known(b, i, records, judgement, tick):
+        if not _known(b, i, records, judgement, tick, places):
             b.todo[todo] = i
             todo += 1
     b.todo_count[0] = todo

@@ -58,7 +58,7 @@ CRC_TABLE = _crc_table()
 
 
 @inline
-def _halves(hi, lo):
+def address_sum(hi, lo):
     """Sum of the four 32-bit words of an address."""
     return (
         np.int64(hi >> np.uint64(32)) + np.int64(hi & np.uint64(ONES32))
@@ -69,7 +69,7 @@ def _halves(hi, lo):
 @inline
 def _negated(hi, lo):
     """Sum of the complements of the four 32-bit words of an address."""
-    return 4 * ONES32 - _halves(hi, lo)
+    return 4 * ONES32 - address_sum(hi, lo)
 
 
 @inline
@@ -99,7 +99,7 @@ def _swap6(at, source_hi, source_lo, target_hi, target_lo):
     store64be(source + 8, source_lo)
     store64be(target, target_hi)
     store64be(target + 8, target_lo)
-    return delta + _halves(source_hi, source_lo) + _halves(target_hi, target_lo)
+    return delta + address_sum(source_hi, source_lo) + address_sum(target_hi, target_lo)
 
 
 @inline

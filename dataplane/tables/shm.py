@@ -8,7 +8,8 @@ memory, and a process that dies leaves it to the next one. The file `layout` say
 hold; it is written last. Files of another layout are unlinked, not overwritten: a process that
 still maps them keeps its own. RUN_DIR belongs on tmpfs (on ext4 the dirty-page bookkeeping costs a
 busy forwarder about 70 ns a packet). A hole is read through the file, never through the mapping: a
-touched page of a mapping is a page taken.
+touched page of a mapping is a page taken. Counters have a row a worker; the last one is the flow
+table's, where there is one.
 """
 
 import contextlib
@@ -65,10 +66,13 @@ ARRAYS = MappingProxyType(
         "connection_index": (np.dtype("<u8"), (CONST["CONNECTION_SLOTS"],)),
         "track_counters": (DTYPE["track_counter"], (_WORKERS + 1,)),
         "exhausted": (DTYPE["exhausted"], (_WORKERS, CONST["EXHAUSTED_MAX"])),
-        "reasons": (DTYPE["reason_counter"], (_WORKERS, 2, CONST["REASONS_MAX"])),
-        "port_counters": (DTYPE["port_counter"], (_WORKERS, CONST["PORTS_MAX"])),
+        "flow_seen": (DTYPE["flow_seen"], (CONST["FLOW_SLOTS_MOST"],)),
+        "reasons": (DTYPE["reason_counter"], (_WORKERS + 1, 2, CONST["REASONS_MAX"])),
+        "port_counters": (DTYPE["port_counter"], (_WORKERS + 1, CONST["PORTS_MAX"])),
         "worker_stats": (DTYPE["worker_stats"], (_WORKERS,)),
         "flows": (DTYPE["flow"], (_WORKERS, CONST["FLOWS_MAX"])),
+        "flow_records": (DTYPE["flow_record"], (_WORKERS + 1, CONST["EVENTS_MAX"])),
+        "event_rings": (DTYPE["event_ring"], (_WORKERS + 1,)),
     }
 )
 """File -> dtype and shape of its array."""
@@ -117,10 +121,13 @@ class Shm:
     connection_index: np.ndarray
     track_counters: np.ndarray
     exhausted: np.ndarray
+    flow_seen: np.ndarray
     reasons: np.ndarray
     port_counters: np.ndarray
     worker_stats: np.ndarray
     flows: np.ndarray
+    flow_records: np.ndarray
+    event_rings: np.ndarray
 
     def __init__(self, folder: Path, writable: bool) -> None:
         """Map files whose layout has been checked; use create() or open()."""

@@ -171,7 +171,7 @@ TIMEOUTS[: len(STATES)] = [10 + 7 * n for n in range(len(STATES))]
 
 
 def swept(table: Table, tick: int) -> tuple[int, int, int]:
-    rows = (table.t.records, table.t.index, Rows(table.ports), Rows(TIMEOUTS))
+    rows = (table.t.records, table.t.index, table.k.places, Rows(TIMEOUTS))
     return ageing.sweep(*rows, table.mask, 0, len(table.records), tick)
 
 
@@ -229,7 +229,7 @@ def test_a_restart_indexes_what_stands_and_counts_ports_again():
             row["owner"] = CLAIMED
     table.index[:] = 0
     table.ports[:] = 0
-    rows = (table.t.records, table.t.index, Rows(table.ports))
+    rows = (table.t.records, table.t.index, table.k.places)
     live, end = ageing.restore(*rows, table.mask, 0, RECORDS)
     assert (live, end) == (48, 60)
     assert table.words() == 96

@@ -45,8 +45,10 @@ class World:
         self.total = total
         self.area = np.zeros(total * STRIDE, np.uint8)
         frames = np.arange(total, dtype=np.int64) * STRIDE
-        tracker = Conntrack(shm, np.zeros(NAT_PORTS, np.uint32), 1).trackers[0]
-        self.worker = Worker(0, shm, self.area.ctypes.data, frames, 0, tracker)
+        self.nat_ports = np.zeros(NAT_PORTS, np.uint32)
+        conntrack = Conntrack(shm, self.nat_ports, 1)
+        lane = (conntrack.trackers[0], conntrack.flows)
+        self.worker = Worker(0, shm, self.area.ctypes.data, frames, 0, *lane)
         self.now = HOLD_NS
         self.rings = self.worker.rings
         self.batch = make_batch()

@@ -23,7 +23,7 @@ def test_arrays_have_the_declared_shapes_and_are_zero(tmp_path):
             assert array.flags.writeable
             assert array.flags.aligned
         assert int(shm.control[0]["generation"]) == 0
-        assert shm.reasons.shape == (CONST["WORKERS_MAX"], 2, CONST["REASONS_MAX"])
+        assert shm.reasons.shape == (CONST["WORKERS_MAX"] + 1, 2, CONST["REASONS_MAX"])
 
 
 def test_files_are_sparse(tmp_path):

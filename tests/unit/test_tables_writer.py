@@ -319,7 +319,7 @@ def test_views_are_plain_data(shm):
         assert [row["packets"] for row in view.workers(reader)] == [9, 0]
         found = view.flows(reader)[0]
         assert (found["source"], found["destination"]) == ("10.9.0.2", "10.9.0.3")
-        assert (found["protocol"], found["ingress"], found["egress"]) == ("tcp", "pst1", "")
+        assert (found["protocol"], found["ingress"]) == ("tcp", "pst1")
 
 
 def test_every_array_is_named_in_the_class():

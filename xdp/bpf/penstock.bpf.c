@@ -5,7 +5,8 @@
  * to the kernel unless it is certainly ours and a forwarder is alive.
  *
  * Theory. Nothing is decided here but the way: every decision about a packet is made once, in the
- * vector kernels. pod_rx looks at nothing. uplink_rx takes UDP packets to the tunnel port at one of
+ * vector kernels; what they have decided of a flow stands in the flow table (flows.h), which is asked
+ * first. Of the rest pod_rx takes everything; uplink_rx takes UDP packets to the tunnel port at one of
  * our underlay addresses, packets to our pod prefixes, to services' frontends (frontends.h) and to
  * connections that were masqueraded (nat.h); packets with IPv4 options, fragments and IPv6 extension
  * headers are never tunnel packets of ours.
@@ -22,6 +23,7 @@
 #include "abi.h"
 #include "nat.h"
 #include "frontends.h"
+#include "flows.h"
 
 struct {
   __uint(type, BPF_MAP_TYPE_XSKMAP);
@@ -58,6 +60,19 @@ static __always_inline int to_socket(struct xdp_md *ctx, int otherwise)
 SEC("xdp.frags")
 int pod_rx(struct xdp_md *ctx)
 {
+  void *data = (void *)(long)ctx->data;
+  void *end = (void *)(long)ctx->data_end;
+  const struct ethhdr *eth = data;
+  __u32 zero = 0;
+  const struct steering *s = bpf_map_lookup_elem(&steering, &zero);
+
+  if (s && s->flow_generation && (void *)(eth + 1) <= end && !(eth->h_dest[0] & 1)) {
+    struct flow_key key = {};
+    int verdict = flow_packet(ctx, s, &key, sizeof(*eth), eth->h_proto);
+
+    if (verdict != FLOW_MISS)
+      return verdict;
+  }
   return to_socket(ctx, XDP_DROP);
 }
 
@@ -81,27 +96,29 @@ static __always_inline int in_prefix(const struct steer_prefix *prefix, const __
   return 1;
 }
 
+enum { NOT_OURS = 0, OURS = 1, OURS_TUNNEL = 2 };
+
 static __always_inline int ours4(const struct steering *s, const struct iphdr *ip, void *end)
 {
   __u32 target = ip->daddr;
 
   for (__u32 n = 0; n < PREFIXES_MAX && n < s->prefix4_count; n++)
     if (in_prefix(&s->prefix4[n], &target, 1))
-      return 1;
+      return OURS;
   if (s->nat4_be && target == s->nat4_be && nat_ours4(ip, end))
-    return 1;
+    return OURS;
   if (!s->tunnel_port_be || ip->ihl != 5 || ip->protocol != IPPROTO_UDP ||
       (ip->frag_off & bpf_htons(0x3fff)))
-    return 0;
+    return NOT_OURS;
 
   const struct udphdr *udp = (void *)(ip + 1);
 
   if ((void *)(udp + 1) > end || udp->dest != (__u16)s->tunnel_port_be)
-    return 0;
+    return NOT_OURS;
   for (__u32 n = 0; n < LOCALS_MAX && n < s->local4_count; n++)
     if (s->local4_be[n] == target)
-      return 1;
-  return 0;
+      return OURS_TUNNEL;
+  return NOT_OURS;
 }
 
 static __always_inline int is_nat6(const struct steering *s, const __u32 *target)
@@ -119,24 +136,54 @@ static __always_inline int ours6(const struct steering *s, const struct ipv6hdr 
   __builtin_memcpy(target, &ip->daddr, sizeof(target));
   for (__u32 n = 0; n < PREFIXES_MAX && n < s->prefix6_count; n++)
     if (in_prefix(&s->prefix6[n], target, 4))
-      return 1;
+      return OURS;
   if (is_nat6(s, target) && nat_ours6(ip, end))
-    return 1;
+    return OURS;
   if (!s->tunnel_port_be || ip->nexthdr != IPPROTO_UDP)
-    return 0;
+    return NOT_OURS;
 
   const struct udphdr *udp = (void *)(ip + 1);
 
   if ((void *)(udp + 1) > end || udp->dest != (__u16)s->tunnel_port_be)
-    return 0;
+    return NOT_OURS;
   for (__u32 n = 0; n < LOCALS_MAX && n < s->local6_count; n++) {
     const __u32 *local = (const __u32 *)&s->local6[n * 16];
 
     if (local[0] == target[0] && local[1] == target[1] && local[2] == target[2] &&
         local[3] == target[3])
-      return 1;
+      return OURS_TUNNEL;
   }
-  return 0;
+  return NOT_OURS;
+}
+
+/* What the flow table makes of a packet that is ours. */
+static __always_inline int by_flow(struct xdp_md *ctx, const struct steering *s, int ours)
+{
+  void *data = (void *)(long)ctx->data;
+  void *end = (void *)(long)ctx->data_end;
+  const struct ethhdr *eth = data;
+  struct flow_key key = {};
+
+  if ((void *)(eth + 1) > end)
+    return FLOW_MISS;
+  if (ours != OURS_TUNNEL)
+    return flow_packet(ctx, s, &key, sizeof(*eth), eth->h_proto);
+  if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+    const struct iphdr *ip = (void *)(eth + 1);
+
+    if ((void *)(ip + 1) > end)
+      return FLOW_MISS;
+    key.remote[0] = ip->saddr;
+    return flow_tunnelled(ctx, s, &key, sizeof(*eth) + sizeof(*ip),
+                          bpf_ntohs(ip->tot_len) - sizeof(*ip), ip->tos);
+  }
+  const struct ipv6hdr *ip = (void *)(eth + 1);
+
+  if ((void *)(ip + 1) > end)
+    return FLOW_MISS;
+  __builtin_memcpy(key.remote, &ip->saddr, 16);
+  return flow_tunnelled(ctx, s, &key, sizeof(*eth) + sizeof(*ip), bpf_ntohs(ip->payload_len),
+                        bpf_ntohl(*(const __u32 *)ip) >> 20);
 }
 
 SEC("xdp.frags")
@@ -147,7 +194,7 @@ int uplink_rx(struct xdp_md *ctx)
   const struct ethhdr *eth = data;
   __u32 zero = 0;
   const struct steering *s = bpf_map_lookup_elem(&steering, &zero);
-  int ours = 0;
+  int ours = NOT_OURS;
 
   if (!s || (void *)(eth + 1) > end || (eth->h_dest[0] & 1))
     return XDP_PASS;
@@ -155,16 +202,26 @@ int uplink_rx(struct xdp_md *ctx)
     const struct iphdr *ip = (void *)(eth + 1);
 
     if ((void *)(ip + 1) <= end)
-      ours = ours4(s, ip, end) || (s->frontend_count && frontend4(ip, end));
+      ours = ours4(s, ip, end);
+    if ((void *)(ip + 1) <= end && !ours && s->frontend_count)
+      ours = frontend4(ip, end);
   } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
     const struct ipv6hdr *ip = (void *)(eth + 1);
 
     if ((void *)(ip + 1) <= end)
-      ours = ours6(s, ip, end) || (s->frontend_count && frontend6(ip, end));
+      ours = ours6(s, ip, end);
+    if ((void *)(ip + 1) <= end && !ours && s->frontend_count)
+      ours = frontend6(ip, end);
   }
-  if (!ours || !is_alive(s))
+  if (!ours)
     return XDP_PASS;
-  return to_socket(ctx, XDP_PASS);
+  if (s->flow_generation) {
+    int verdict = by_flow(ctx, s, ours);
+
+    if (verdict != FLOW_MISS)
+      return verdict;
+  }
+  return is_alive(s) ? to_socket(ctx, XDP_PASS) : XDP_PASS;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

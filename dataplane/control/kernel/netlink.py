@@ -30,7 +30,7 @@ from dataplane.control.model import (
     Reservation,
     Route,
 )
-from xdp.device import channels, checksum_off
+from xdp.device import channels, checksum_off, coalescing_on
 
 MAIN = 254
 UNICAST = 1
@@ -171,6 +171,7 @@ class Kernel:
                 self._quiet(name, own_stack=name == HOST)
                 self._ipr.link("set", index=index, state="up")
         checksum_off(HOST)
+        coalescing_on(HOST)
 
     def _quiet(self, name: str, own_stack: bool) -> None:
         """No link-local address, no router solicitations; loose reverse path on penstock0."""

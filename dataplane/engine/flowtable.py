@@ -1,0 +1,116 @@
+"""The flow table as the forwarder owns it: memory that XDP shares, devices, generations.
+
+Rule: one increment of the generation makes every entry stale; whoever changes what an entry says
+increments it afterwards.
+
+Theory. Tags, entries and hops are BPF arrays that numpy maps, so workers install without a system
+call (kernels/flows.py). What has been read of each entry's counters is kept in the tables' folder,
+so that a forwarder that takes over counts on. A port takes part only while its device takes what is
+redirected to it (xdp/netdev.py); `devices` says so to the kernels, the device map to XDP. With
+generation 0 the table is off and XDP looks nothing up.
+"""
+
+import secrets
+import time
+from typing import Any
+
+import numpy as np
+
+from dataplane.engine.account import make_counters
+from dataplane.kernels.flows import Flows, renew
+from dataplane.kernels.harvest import harvest
+from dataplane.kernels.rows import Rows
+from xdp.abi import CONST, DTYPE
+from xdp.errors import KernelError
+from xdp.netdev import takes_redirects
+from xdp.object import BpfObject
+
+WAYS = CONST["FLOW_WAYS"]
+LINE = np.dtype(f"V{4 * WAYS}")
+
+
+def sizes(slots: int) -> dict[str, int]:
+    """Return max_entries of the maps for a table of `slots` entries (a power of two), 0: off."""
+    slots = max(slots, CONST["FLOW_SLOTS_LEAST"])
+    return {"flow_entries": slots, "flow_tags": slots // WAYS}
+
+
+class FlowTable:
+    """Entries, hops and devices of one forwarder."""
+
+    def __init__(self, shm: Any, bpf: BpfObject, steering: np.ndarray) -> None:
+        """steering: the mmapped steering[1]. The object's maps say how large the table is."""
+        self._bpf, self._steering, self._shm = bpf, steering, shm
+        self.slots = bpf.maps["flow_entries"].max_entries
+        self.devices = np.zeros(CONST["PORTS_MAX"], np.uint8)
+        self._faults = bpf.maps["flow_faults"].mmap(np.dtype("<u8"))
+        self.flows = Flows(
+            tags=Rows(bpf.maps["flow_tags"].mmap(LINE).view("<u4")),
+            entries=Rows(bpf.maps["flow_entries"].mmap(DTYPE["flow_entry"])),
+            hops=Rows(bpf.maps["hops"].mmap(DTYPE["hop"])),
+            seen=Rows(shm.flow_seen[: self.slots]),
+            steering=Rows(steering),
+            devices=Rows(self.devices),
+        )
+        self.live = 0
+        self.packets = 0
+        unused = (np.zeros(1, DTYPE[name]) for name in ("worker_stats", "flow"))
+        self._counters = make_counters(shm.reasons[-1], shm.port_counters[-1], *unused)
+
+    def start(self, on: bool) -> None:
+        """Open the empty table, or leave it off."""
+        row, node = self._steering[0], self._shm.node[0]
+        self._shm.clear("flow_seen")
+        row["flow_seed"] = secrets.randbits(64)
+        row["flow_mask"] = self.slots // WAYS - 1
+        row["flow_any_vni"] = bool(int(node["flags"]) & CONST["NODE_IDENTITY_VNI"])
+        row["flow_vni"] = int(node["vni"])
+        row["flow_tunnel"] = int(node["tunnel_kind"])
+        row["flow_abi"] = CONST["ABI_VERSION"]
+        row["flow_generation"] = int(on)
+
+    @property
+    def on(self) -> bool:
+        """Whether XDP looks anything up."""
+        return bool(self._steering[0]["flow_generation"])
+
+    def renew(self) -> None:
+        """Make every entry stale."""
+        renew(self.flows)
+
+    def open(self, port: int, ifindex: int) -> None:
+        """Let packets be redirected to a port, if its device takes them."""
+        self.devices[port] = 0
+        if not takes_redirects(ifindex):
+            return
+        try:
+            self._bpf.maps["flow_devices"].update(port, ifindex)
+        except KernelError:
+            return  # the device is gone again
+        self.devices[port] = 1
+
+    def close(self, port: int) -> None:
+        """Redirect nothing to a port any more."""
+        self.devices[port] = 0
+        self.renew()
+        try:
+            self._bpf.maps["flow_devices"].delete(port)
+        except KernelError:
+            pass  # the kernel has taken it out with its device
+
+    def collect(self, tables: Any) -> None:
+        """Read XDP's counters, retire idle entries. tables: Tables of any worker."""
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        self.live, packets = harvest(tables, self._counters, self.flows, self.slots, now)
+        self.packets += packets
+
+    def view(self) -> dict[str, Any]:
+        """Return the gauges as plain data."""
+        return {
+            "on": self.on,
+            "entries": self.live,
+            "slots": self.slots,
+            "packets": self.packets,
+            "faults": int(self._faults[0]),
+            "ports": int(self.devices.sum()),
+        }
