@@ -17,7 +17,9 @@ NUMBER = 2
 def world(request):
     underlay = request.param
     with Lab() as lab:
-        cluster = Cluster(lab, Settings(underlay_family=underlay, network={"vni": 1})).start(nodes=1)
+        cluster = Cluster(lab, Settings(underlay_family=underlay, network={"vni": 1})).start(
+            nodes=1
+        )
         plain = LinuxNode(lab.namespace("plain"), NUMBER)
         assert lab.connect(plain.namespace) == NUMBER
         plain.overlay(underlay, LINUX_MAC)
