@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from bench import compare as comparison
 from bench import machine, report, results, searches
 from bench.drivers import DRIVERS, driver
 from bench.lab import LabError
@@ -122,14 +123,18 @@ def run(
     report.show(results.read(path), report.terminal())
     console.print(f"written to {path}", highlight=False)
     if html:
-        page(path)
+        write_page(path)
     if problem is not None and not isinstance(problem, KeyboardInterrupt):
         raise problem
     sys.exit(130 if problem else 0 if whole["rows"] else 1)
 
 
-def page(path: Path) -> None:
+def write_page(path: Path) -> None:
     """Write the page and the plots beside a file of results."""
+    from bench import page
+
+    files = page.write(results.read(path), path.with_suffix(".html"))
+    click.echo(f"written to {files[0]}, {len(files) - 1} pictures in {path.with_suffix('')}")
 
 
 @main.command("list")
@@ -150,6 +155,23 @@ def list_() -> None:
 def show(path: Path) -> None:
     """Print the table of a file of results."""
     report.show(results.read(path), report.terminal())
+
+
+@main.command()
+@click.argument("before", type=Path)
+@click.argument("after", type=Path)
+@click.option("--all", "everybody", is_flag=True, help="Peers too: how steady the machine was.")
+def compare(before: Path, after: Path, everybody: bool) -> None:
+    """Compare two files of results. Exit status 1 when a number of ours is worse for certain."""
+    one, two = results.read(before), results.read(after)
+    sys.exit(bool(comparison.show(one, two, report.terminal(), everybody)))
+
+
+@main.command("report")
+@click.argument("path", type=Path)
+def report_(path: Path) -> None:
+    """Write page and pictures of a file of results again."""
+    write_page(path)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ COMMANDS = {
     "config": ("setup", "Show, check or print the default configuration"),
     "cni": ("setup", "Install the CNI plugin"),
     "plan": ("show", "What the agent would change now"),
+    "bench": ("bench", "Measure this dataplane beside its peers"),
     "cleanup": ("setup", "Give the machine back as it was"),
 }
 
