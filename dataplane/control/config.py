@@ -293,6 +293,20 @@ class Conntrack(_Section):
     timeouts: Timeouts = Field(default_factory=Timeouts)
 
 
+class Metrics(_Section):
+    """Prometheus metrics at /metrics, and a web page at /, on one port of the agent."""
+
+    listen: str = Field("127.0.0.1", description="address; 0.0.0.0 or :: lets others in")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        9962, description="TCP port, Cilium's; 0: none"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Metrics":
+        ip_address(self.listen)
+        return self
+
+
 class Config(_Section):
     """The whole file."""
 
@@ -304,6 +318,7 @@ class Config(_Section):
     services: Services = Field(default_factory=Services)
     masquerade: Masquerade = Field(default_factory=Masquerade)
     conntrack: Conntrack = Field(default_factory=Conntrack)
+    metrics: Metrics = Field(default_factory=Metrics)
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least level that is logged"
     )

@@ -91,6 +91,10 @@ class Reconciler:
         view = dict(self.desired.view) if self.desired else {}
         return {**view, **self._state, "actions": list(self._history)}
 
+    def usage(self) -> dict[str, tuple[int, int]]:
+        """Return (in use, limit) of ports and routes."""
+        return self._writer.usage()
+
     async def plan_only(self) -> list[Action]:
         """Return what a turn would do now, without doing it."""
         async with self._turn:

@@ -35,6 +35,8 @@ from dataplane.control.source import Source
 from dataplane.daemon import views
 from dataplane.daemon.engines import Engines
 from dataplane.daemon.lock import hold
+from dataplane.daemon.sight import Witness
+from dataplane.metrics.server import Sight
 from dataplane.objects.collect import Objects
 from dataplane.tables.shm import Shm
 from dataplane.tables.writer import TableWriter
@@ -99,6 +101,7 @@ class Agent:
         self.cni_socket = config.run_dir / "cni.sock"
         self.cni = CniServer(self.cni_socket, self.backend)
         self.endpoints.on_change(lambda: self.reconciler.trigger("endpoints"))
+        self.sight = Sight(self.shm, Witness(self).facts)
         self.stop = asyncio.Event()
         self._pools: dict[int, Any] = {}
         self._pool_error = ""
@@ -151,6 +154,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop.set)
         api = await serve(self.config.run_dir / "api.sock", self._answer)
+        await self.sight.open(self.config.metrics.listen, self.config.metrics.port)
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(self.reconciler.run(self.stop)),
@@ -165,6 +169,7 @@ class Agent:
         api.close()
         await self.cni.stop()
         await self.engines.close()
+        await self.sight.close()
         log.info("stopped")
 
     async def _follow_source(self) -> None:
@@ -222,7 +227,7 @@ class Agent:
     async def _answer(self, op: str, args: dict[str, Any]) -> Any:
         match op:
             case "status":
-                return await self._status()
+                return await self.status()
             case "endpoints":
                 return [views.endpoint(endpoint) for endpoint in self.endpoints]
             case "nodes":
@@ -236,7 +241,8 @@ class Agent:
                 }
         raise ValueError(f"unknown operation {op!r}")
 
-    async def _status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
+        """Return what `penstock status` shows."""
         try:
             forwarder = await acall(self.config.run_dir / "forwarder.sock", "status", 2.0)
             error = ""
@@ -245,6 +251,7 @@ class Agent:
         state = self.reconciler.status()
         failed = [p["error"] for p in (forwarder or {}).get("ports", ()) if p["error"]]
         errors = [state["error"], error, self._pool_error, *state["problems"], *failed]
+        errors.append(self.sight.problem)
         errors += [f"{where}: {text}" for where, text in self.source.errors.items()]
         serving = self._serving and not self._pool_error
         return {

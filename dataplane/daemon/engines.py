@@ -122,9 +122,9 @@ class Engines:
         """Keep the bitmap of the node's own ports in line."""
         await sockets.follow(self._shm.node_ports, stop)
 
-    def status(self) -> dict[str, Any]:
-        """Return how full the tables are."""
-        return {"services": self.services.usage()}
+    def usage(self) -> dict[str, tuple[int, int]]:
+        """Return (in use, limit) of every table of policies and services."""
+        return self.policy.usage() | self.services.usage()
 
     async def close(self) -> None:
         """Write what waits, and stop listening."""

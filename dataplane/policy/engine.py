@@ -232,6 +232,10 @@ class PolicyEngine:
         """Return what is surprising in the policies."""
         return [one.plain() for one in Linter(self.explainer()).findings()]
 
+    def usage(self) -> dict[str, tuple[int, int]]:
+        """Return (in use, limit) of each table."""
+        return self._writer.usage()
+
     def close(self) -> None:
         """Close the book of rules."""
         self.book.close()

@@ -196,3 +196,12 @@ class PolicyWriter:
     def rejudge(self) -> None:
         """Have live connections judged again."""
         self.shm.control["judgement"] += 1
+
+    def usage(self) -> dict[str, tuple[int, int]]:
+        """Return (in use, limit) of each table."""
+        return {
+            "policies": (len(self.policies.used), CONST["POLICIES_MAX"] - 2),
+            "policy_entries": (self.entries.count, self.entries.most),
+            "peers": (len(self.peers.used), CONST["PEERS_MAX"] - 1),
+            "ipcache6": (len(self.ipcache[6].routes), CONST["IPCACHE6_SLOTS"] // 2),
+        }

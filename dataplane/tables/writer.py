@@ -207,6 +207,15 @@ class TableWriter:
                     fib.set(*key, known)
             raise
 
+    def usage(self) -> dict[str, tuple[int, int]]:
+        """Return (in use, limit) of each table."""
+        shm = self.shm
+        return {
+            "ports": (int((shm.ports["state"] != PORT_EMPTY).sum()), len(shm.ports)),
+            "adjacencies": (len(self._adjacencies), len(shm.adjacencies) - 1),
+            "routes6": (len(self._fib6.routes), len(shm.fib6) // 2),
+        }
+
     def publish(self) -> bool:
         """Tell readers that something changed, if it did; return whether it did."""
         control = self.shm.control[0]
