@@ -38,7 +38,7 @@ STAMP_RUN   := $(call stamp,$(PACKAGES_RUN))
 STAMP_TEST  := $(call stamp,$(PACKAGES_TEST))
 STAMP_BENCH := $(call stamp,$(PACKAGES_BENCH))
 
-.PHONY: help setup build warm run test test-again lint format fuzz bench bench-quick engine clean distclean
+.PHONY: help setup build warm run test test-again lint format fuzz bench bench-quick verified engine clean distclean
 
 help: ## List the targets
 	awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ bench: warm $(STAMP_BENCH) $(BUILD)/ovs ## Everything beside its peers, interlea
 
 bench-quick: warm $(STAMP_BENCH) $(BUILD)/ovs ## The quick scenarios: under two minutes
 	$(BIN)/python -m bench --quick $(BENCH)
+
+verified: build ## Write down what the verifier walks through for each BPF program
+	$(BIN)/python -m xdp.verified
 
 engine: warm ## The engine alone, from memory: ns per packet and stage
 	$(BIN)/python -m bench.engine

@@ -16,8 +16,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from bench import claims, machine, report, results, searches
 from bench import compare as comparison
-from bench import machine, report, results, searches
 from bench.drivers import DRIVERS, driver
 from bench.lab import LabError
 from bench.measure import How
@@ -152,9 +152,15 @@ def list_() -> None:
 
 @main.command()
 @click.argument("path", type=Path)
-def show(path: Path) -> None:
+@click.option("--markdown", is_flag=True, help="As the README's table.")
+def show(path: Path, markdown: bool) -> None:
     """Print the table of a file of results."""
-    report.show(results.read(path), report.terminal())
+    whole = results.read(path)
+    if markdown:
+        click.echo(claims.markdown(whole))
+        click.echo(report.markdown(whole), nl=False)
+    else:
+        report.show(whole, report.terminal())
 
 
 @main.command()

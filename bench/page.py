@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench import claims
 from bench.measure import UNITS
 from bench.plots import MAIN, pictures
 from bench.report import IN_FILE, groups, short
@@ -62,6 +63,8 @@ def _page(whole: dict[str, Any], images: str) -> str:
         f"<h1>Penstock beside its peers</h1><p class=sub>{html.escape(line)}</p>",
         *(f"<p class=warn>{html.escape(one)}</p>" for one in warnings(whole["noise"])),
         _counters(whole["counters"]),
+        "<h2>What must hold</h2>",
+        _claims(whole),
         "<h2>How many times better</h2>",
         "<p class=sub>Ours over theirs, turn by turn: median, 95 % interval. More than 1: ours is "
         "better, whatever the unit.</p>",
@@ -85,6 +88,22 @@ def _counters(checks: dict[str, int]) -> str:
         f"<p class={word}>Counters: in = forwarded + dropped by reason, to the packet, in "
         f"{checks['exact']} of {checks['checks']} measurements.</p>"
     )
+
+
+def _claims(whole: dict[str, Any]) -> str:
+    rows = []
+    for claim in claims.load():
+        beside = html.escape(claim.beside or f"itself, {claim.base}")
+        row = f"<tr><td>{html.escape(claim.what)}<td>{beside}<td>{claim.least:g}"
+        if seen := claims.check(claim, whole):
+            low, high = seen.interval
+            word = "good" if seen.reached else "bad"
+            row += f"<td class='{word}'>{seen.ratio:.2f}<td class=i>{low:.2f}..{high:.2f}"
+        else:
+            row += "<td class=i>not measured<td>"
+        rows.append(row)
+    head = "<tr><th>claim<th>beside<th>at least<th>x<th>95 %"
+    return f"<table>{head}{''.join(rows)}</table>"
 
 
 def _summary(whole: dict[str, Any]) -> str:

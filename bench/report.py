@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import UNITS
-from bench.results import warnings
+from bench.results import OURS, warnings
 
 Rows = list[dict[str, Any]]
 IN_FILE = frozenset({"softirq_ns", "sender_ns", "p999_us"})
-WIDE = 160
 """Quantities that only the file has."""
+HEADLINES = frozenset({"pps", "ndr", "pdr", "gbits", "per_s", "p50_us", "p99_us"})
+"""Quantities that the README's table has."""
+WIDE = 160
 
 
 def terminal() -> Console:
@@ -96,3 +98,35 @@ def short(number: float) -> str:
     if abs(number) >= 100:
         return f"{number:,.0f}"
     return f"{number:.1f}" if abs(number) >= 10 else f"{number:.2f}"
+
+
+def markdown(whole: dict[str, Any]) -> str:
+    """Return the main numbers as a table for the README: a row a case."""
+    lines = [
+        "| case | penstock | beside (x: how many times better) | scenario |",
+        "|---|---|---|---|",
+    ]
+    for (scenario, place, case), rows in groups(whole):
+        for quantity in dict.fromkeys(row["quantity"] for row in rows):
+            if quantity not in HEADLINES:
+                continue
+            mine = [row for row in rows if row["quantity"] == quantity]
+            ours = next((row for row in mine if row["subject"] == OURS), None)
+            if ours is None:
+                continue
+            beside = [
+                f"{row['subject']} {short(row['median'])} (**{row['penstock_is_better_by']:.2f}**)"
+                for row in mine
+                if "penstock_is_better_by" in row
+            ]
+            unit = UNITS[quantity]
+            lines.append(
+                f"| {place}; {case} | {short(ours['median'])} {unit} | {'; '.join(beside)} "
+                f"| `{scenario}` |"
+            )
+    machine, run = whole.get("machine", {}), whole.get("run", {})
+    about = f"{machine.get('cpu', '?')}, {machine.get('cores', '?')} cores, Linux "
+    about += f"{machine.get('kernel', '?')}; median of {run.get('turns', '?')} interleaved turns; "
+    lines += ["", about + f"`{run.get('command', '')}`."]
+    lines += [f"- Noisy: {line}." for line in warnings(whole["noise"])]
+    return "\n".join(lines) + "\n"

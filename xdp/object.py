@@ -43,6 +43,16 @@ class Program:
     name: str
     fd: int
 
+    @property
+    def verified(self) -> int:
+        """Instructions that the verifier walked through to accept it; 0: the kernel says nothing.
+
+        Source: verified_insns of the descriptor's fdinfo (Linux 5.16).
+        """
+        lines = Path(f"/proc/self/fdinfo/{self.fd}").read_text().splitlines()
+        found = [line.split()[1] for line in lines if line.startswith("verified_insns:")]
+        return int(found[0]) if found else 0
+
 
 class BpfObject:
     """A loaded object: owner of its programs and maps until `close`."""
