@@ -56,7 +56,7 @@ class NodeSection(_Section):
 
     name: str = Field(default_factory=lambda: os.uname().nodename, description="its Node object")
     run_dir: Path = Field(Path("/run/penstock"), description="sockets and shared memory; tmpfs")
-    state_dir: Path = Field(Path("/var/lib/penstock"), description="leases and endpoints")
+    state_dir: Path = Field(Path("/var/lib/penstock"), description="leases, endpoints, manifests")
     cni: Cni = Field(default_factory=Cni)
 
 
@@ -340,7 +340,7 @@ class Config(_Section):
 
     @property
     def state_dir(self) -> Path:
-        """Folder of leases and endpoints."""
+        """Folder of leases, endpoints and last good manifests."""
         return self.node.state_dir
 
 

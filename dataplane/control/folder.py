@@ -10,7 +10,7 @@ keeps its last good state as a whole; one that never had any gives the objects t
 that goes takes its objects with it. An editor may write a file in several steps, so a file that has
 *lost* objects is believed once it has been quiet for SETTLE_S: what is added or changed is in force
 at once, and no policy is lifted because its file was half written. A folder that goes changes
-nothing either.
+nothing either. Last good states outlive the agent (dataplane/control/lastgood.py).
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from weakref import ref
 
 from watchfiles import awatch
 
+from dataplane.control.lastgood import LastGood
 from dataplane.control.manifests import Found, Refused, objects
 from dataplane.objects.collect import Objects, Since
 
@@ -36,6 +37,7 @@ ABSENT_S = 1.0  # and a folder that is not there yet
 SETTLE_S = 0.1
 
 Mark = tuple[int, int, int]  # time, size, inode: what tells that a file changed
+NO_MARK = (0, 0, 0)
 Place = tuple[str, Any]  # field of Objects, key
 
 
@@ -52,9 +54,15 @@ class _File:
 class FolderSource:
     """Objects from YAML and JSON files."""
 
-    def __init__(self, folder: Path) -> None:
-        """The folder may appear later; until then there are no objects."""
+    def __init__(self, folder: Path, kept: Path | None = None) -> None:
+        """The folder may appear later; until then there are no objects.
+
+        kept: where last good states are kept over restarts.
+        """
         self.folder = folder
+        self._kept = LastGood(kept)
+        self._good: dict[str, str] = {}  # texts that are still to be kept, by file
+        self._gone: set[str] = self._kept.names()  # files that are still to be forgotten
         self.errors: dict[str, str] = {}
         self._files: dict[Path, _File] = {}
         self._owners: dict[Place, tuple[Path, ...]] = {}  # of each object; the last one wins
@@ -81,40 +89,49 @@ class FolderSource:
             if mark is None:
                 if known is not None and self._may_lose(path, mark, settled):
                     self._broken.pop(path, None)
+                    self._gone.add(path.name)
                     others |= self._replace(path, None, changed)
             elif known is None or known.mark != mark:
                 others |= self._take(path, mark, changed, settled)
+        self._keep()
         self._say()
         if changed or others:
             self._objects = self._snapshot(changed, others)
         return self._objects
 
+    def _keep(self) -> None:
+        """Write down what is good now, for the next agent."""
+        self._kept.write(self._good, self._gone - {path.name for path in self._files})
+        self._good, self._gone = {}, set()
+
     def _take(self, path: Path, mark: Mark, changed: set[Place], settled: bool) -> bool:
         """Read a file that changed; return whether `others` did."""
+        text, found, errors = _parse(path)
+        others = path not in self._files and self._restore(path, text, changed)
         known = self._files.get(path)
-        fresh = _File(mark)
-        found: list[Found] = []
-        try:
-            found, errors = objects(path.read_text(), path.suffix)
-        except Refused as refused:
-            errors = [refused]
-        except (OSError, ValueError) as error:  # ValueError: no UTF-8
-            errors = [Refused(f"cannot be read: {error}")]
+        self._gone.discard(path.name)
         self._broken.pop(path, None)
         for one in errors:
             where = f"{path}:{one.line}" if one.line else str(path)
             self._broken.setdefault(path, {}).setdefault(where, str(one))
         if errors and known is not None and (known.good or not found):
             known.mark = mark
-            return False
-        fresh.good = not errors
-        fresh.objects = {(name, key): one for name, key, one in found if key is not None}
-        fresh.others = tuple(one for _, key, one in found if key is None)
+            return others
+        fresh = _file(mark, found, errors)
         loses = known is not None and bool(known.objects.keys() - fresh.objects.keys())
         if loses and not self._may_lose(path, mark, settled):
-            return False  # it is read again when it has settled
+            return others  # it is read again when it has settled
         self._unsettled.pop(path, None)
-        return self._replace(path, fresh, changed)
+        if fresh.good and text is not None:
+            self._good[path.name] = text
+        return self._replace(path, fresh, changed) or others
+
+    def _restore(self, path: Path, text: str | None, changed: set[Place]) -> bool:
+        """Begin with what an earlier agent knew of a file; return whether `others` changed."""
+        before = self._kept.text(path.name)
+        if before is None or before == text:
+            return False
+        return self._replace(path, _file(NO_MARK, *_read_text(before, path.suffix)), changed)
 
     def _may_lose(self, path: Path, mark: Mark | None, settled: bool) -> bool:
         """Return whether a file that lost objects is believed; else it is looked at again."""
@@ -178,6 +195,8 @@ class FolderSource:
             self.errors[str(self.folder)] = "no such folder: create it or set source.folder"
         for _, errors in sorted(self._broken.items()):
             self.errors.update(errors)
+        if self._kept.error:
+            self.errors[str(self.folder)] = self._kept.error
 
     async def changes(self) -> AsyncIterator[Objects]:
         """Yield the objects now and after every change; ends never."""
@@ -211,6 +230,31 @@ class FolderSource:
                     yield set(self._unsettled)
                 if not self.folder.is_dir():
                     return
+
+
+def _parse(path: Path) -> tuple[str | None, list[Found], list[Refused]]:
+    """Return a file's text (None: it has none), its objects, and what is wrong with it."""
+    try:
+        text = path.read_text()
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8
+        return None, [], [Refused(f"cannot be read: {error}")]
+    return text, *_read_text(text, path.suffix)
+
+
+def _read_text(text: str, suffix: str) -> tuple[list[Found], list[Refused]]:
+    try:
+        return objects(text, suffix)
+    except Refused as refused:
+        return [], [refused]
+
+
+def _file(mark: Mark, found: list[Found], errors: list[Refused]) -> _File:
+    return _File(
+        mark,
+        {(name, key): one for name, key, one in found if key is not None},
+        tuple(one for _, key, one in found if key is None),
+        not errors,
+    )
 
 
 def _marks(paths: Iterable[Path]) -> dict[Path, Mark | None]:

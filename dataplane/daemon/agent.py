@@ -79,7 +79,7 @@ class Agent:
         self.shm = Shm.create(config.run_dir)
         self.ipam = Ipam.open(config.state_dir / "ipam.db")
         self.endpoints = Endpoints(config.state_dir)
-        self.source: Source = FolderSource(config.source.folder)
+        self.source: Source = FolderSource(config.source.folder, config.state_dir / "manifests.db")
         self.objects = Objects()
         self.engines = Engines(config, self.shm, self.endpoints)
         self.reconciler = Reconciler(
@@ -234,6 +234,8 @@ class Agent:
                 return [views.node(node) for node in self.objects.nodes.values()]
             case "plan":
                 return [str(action) for action in await self.reconciler.plan_only()]
+            case "why":
+                return await self.engines.why(args["source"], args["target"], args["port"])
             case "ipam":
                 return {
                     "usage": self.ipam.usage(),

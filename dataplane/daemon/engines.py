@@ -35,7 +35,7 @@ from dataplane.tables.services import ServiceWriter
 from dataplane.tables.shm import Shm
 
 SILENT_NS = 5_000_000_000  # an idle worker wakes once a second
-RULES, NAMES = "rules.json", "services.json"
+RULES, NAMES = "rules.db", "services.json"
 
 
 class Engines:
@@ -121,6 +121,11 @@ class Engines:
     async def follow_ports(self, stop: asyncio.Event) -> None:
         """Keep the bitmap of the node's own ports in line."""
         await sockets.follow(self._shm.node_ports, stop)
+
+    async def why(self, source: str, target: str, port: str) -> dict[str, Any]:
+        """Return why one may talk to another, or not; between turns. Raises Unknown."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self.policy.why, source, target, port)
 
     def usage(self) -> dict[str, tuple[int, int]]:
         """Return (in use, limit) of every table of policies and services."""
