@@ -75,7 +75,9 @@ def cni_conflist(config: Any, path: Path | None) -> None:
 
 @click.command()
 @config_option
-@click.option("--state", is_flag=True, help="Also forget leases, endpoints and last good manifests.")
+@click.option(
+    "--state", is_flag=True, help="Also forget leases, endpoints and last good manifests."
+)
 def cleanup(config: Any, path: Path | None, state: bool) -> None:
     """Give the machine back as it was (stop the daemon first)."""
     from dataplane.daemon.teardown import cleanup as teardown

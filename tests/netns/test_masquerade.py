@@ -164,7 +164,7 @@ def test_datagrams_in_fragments_cross_both_ways(world, family, size):
 def test_traceroute_finds_its_way_back(world, family):
     """Time exceeded about a translated packet quotes what the pod has sent."""
     target = world.far.addresses[family]
-    with pytest.raises(LabError, match="(?i)time to live exceeded|hop limit|Time exceeded"):
+    with pytest.raises(LabError, match=r"(?i)time to live exceeded|hop limit|Time exceeded"):
         world.one.namespace.run("ping", "-n", "-c", "1", "-W", "3", "-t", "1", target)
 
 
