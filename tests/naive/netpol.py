@@ -128,7 +128,11 @@ class Oracle:
         }
         for m in by_kind.get("Node", []):
             mine = self.own if m["metadata"]["name"] == node else self.remote
-            mine |= {ip_address(a["address"]) for a in m["status"]["addresses"]}
+            mine |= {
+                ip_address(a["address"])
+                for a in m["status"]["addresses"]
+                if a["type"] == "InternalIP"
+            }
             mine |= {ip_network(c)[1] for c in m["spec"]["podCIDRs"]}
 
     # --- who is who -------------------------------------------------------------------------------
