@@ -233,10 +233,6 @@ def test_a_cluster_ip_is_answered_and_refused(world, family):
             assert told["seconds"] < 1
 
 
-@pytest.mark.xfail(
-    reason="kernels: replies of the node's stack to a client outside do not come back (connect."
-    "_source), and admit refuses a node's other InternalIP on the uplink"
-)
 @FAMILIES
 @PROTOCOLS
 def test_a_backend_of_the_host_network(world, family, protocol):
