@@ -50,7 +50,7 @@ build: setup $(BPF_OBJECTS) $(PROGRAMS) ## Compile the BPF programs and the smal
 warm: build ## Compile the numba kernels into the cache (with progress)
 	$(BIN)/python -m dataplane.engine.warm
 
-run: warm ## Two nodes, four pods: ping, curl, iperf3, then a live view (ONCE=1 exits)
+run: warm ## Two nodes, four pods: ping, curl, iperf3, a service, a policy; a live view (ONCE=1 exits)
 	$(BIN)/python -m bench.demo $(if $(ONCE),--once)
 
 test: $(STAMP_TEST) warm ## The whole suite (root tests run in fresh network namespaces)

@@ -1,10 +1,11 @@
-"""`make run`: two nodes, four pods, everything between them, then a live view until Ctrl-C.
+"""`make run`: two nodes, four pods, everything between them, a story, then a live view.
 
 Rule: whatever happens, the machine is left as it was; `--once` exits non-zero if a check failed.
 
 Theory. The nodes are network namespaces on a veth underlay that behaves as a wire. Pings run side
 by side, then transfers by curl, which fill queues; iperf3 alone, since it measures. A transfer
-within a node is larger than one across, so that each takes about as long.
+within a node is larger than one across, so that each takes about as long. The story is that of
+bench/story.py. The live view ends with Ctrl-C.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench import checks, live
+from bench import checks, live, story
 from bench.lab import Lab, LabError, Namespace
 from bench.penstock import Cluster, Settings
 from xdp.artifacts import find
@@ -137,6 +138,13 @@ def check(places: list[Place], progress: Progress) -> list[Pair]:
     return pairs
 
 
+def follow(told: story.Story, progress: Progress) -> None:
+    """Tell the story; its service stays, its policy is lifted at the end."""
+    task = progress.add_task("service, policy, explanation", total=told.length)
+    for _ in told.tell():
+        progress.update(task, advance=1)
+
+
 def table(pairs: list[Pair]) -> Table:
     """What was found, one row a pair."""
     found = Table(
@@ -179,8 +187,11 @@ def run(console: Console, settings: Settings, once: bool, seconds: float | None)
             with _progress(console) as progress:
                 cluster, places = build(lab, settings, progress)
                 pairs = check(places, progress)
+                told = story.Story(cluster)
+                follow(told, progress)
             console.print(table(pairs))
-            errors = [error for pair in pairs for error in pair.errors]
+            console.print(told.show())
+            errors = [error for pair in pairs for error in pair.errors] + told.errors()
             for error in errors:
                 console.print(error, style="red", markup=False)
             passed = time.monotonic() - start

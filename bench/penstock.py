@@ -187,7 +187,11 @@ class Node:
 
     def command(self, *words: str) -> str:
         """Run `penstock WORDS --config ...` on this node and return its stdout."""
-        return self.namespace.run(*_penstock(*words, "--config", str(self.config)))
+        return self.namespace.run(*self.words(*words))
+
+    def words(self, *words: str) -> Sequence[str]:
+        """What `penstock WORDS` is on this node, to be run in its namespace."""
+        return _penstock(*words, "--config", str(self.config))
 
     def pid(self, part: str) -> int:
         """The process `agent` or `forwarder` of this node, 0 when there is none."""

@@ -1,0 +1,38 @@
+"""The story that `make run` tells, and what becomes of one that goes wrong."""
+
+import pytest
+from rich.console import Console
+
+from bench import checks, story
+from bench.lab import Lab
+from bench.penstock import Cluster
+
+pytestmark = [pytest.mark.root, pytest.mark.net]
+
+
+def test_the_story_goes_as_it_should():
+    with Lab() as lab:
+        cluster = Cluster(lab).start()
+        for node in cluster.nodes:
+            for letter in "ab":
+                checks.serve(node.pod(f"pod{node.number}{letter}").namespace)
+        told = story.Story(cluster)
+        assert len(list(told.tell())) == told.length
+        assert not told.errors()
+        console = Console(width=120, record=True, quiet=True)
+        console.print(told.show())
+        assert "NetworkPolicy default/web-for-clients" in told.explained
+        assert not list(cluster.manifests.glob("web-for-clients*"))
+
+
+def test_a_step_that_went_wrong_is_told():
+    told = story.Story.__new__(story.Story)
+    told.steps = [
+        story.Step("a", "curl x", "answered", "no answer"),
+        story.Step("b", "c", "d", "d"),
+    ]
+    told.explained = ""
+    assert told.errors() == ["curl x: wanted answered, seen no answer"]
+    console = Console(width=100, record=True, quiet=True)
+    console.print(told.show())
+    assert "failed" in console.export_text()
