@@ -1,5 +1,7 @@
 """The story that `make run` tells, and what becomes of one that goes wrong."""
 
+from io import StringIO
+
 import pytest
 from rich.console import Console
 
@@ -8,6 +10,12 @@ from bench.lab import Lab
 from bench.penstock import Cluster
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
+
+
+def printed(told) -> str:
+    text = StringIO()
+    Console(width=120, file=text).print(told.show())
+    return text.getvalue()
 
 
 def test_the_story_goes_as_it_should():
@@ -19,9 +27,7 @@ def test_the_story_goes_as_it_should():
         told = story.Story(cluster)
         assert len(list(told.tell())) == told.length
         assert not told.errors()
-        console = Console(width=120, record=True, quiet=True)
-        console.print(told.show())
-        assert "NetworkPolicy default/web-for-clients" in told.explained
+        assert "NetworkPolicy default/web-for-clients" in printed(told)
         assert not list(cluster.manifests.glob("web-for-clients*"))
 
 
@@ -33,6 +39,4 @@ def test_a_step_that_went_wrong_is_told():
     ]
     told.explained = ""
     assert told.errors() == ["curl x: wanted answered, seen no answer"]
-    console = Console(width=100, record=True, quiet=True)
-    console.print(told.show())
-    assert "failed" in console.export_text()
+    assert "failed" in printed(told)
