@@ -173,6 +173,25 @@ def compare(before: Path, after: Path, everybody: bool) -> None:
     sys.exit(bool(comparison.show(one, two, report.terminal(), everybody)))
 
 
+@main.command()
+@click.argument("devices", nargs=-1, required=True, metavar="DEVICE[@NAMESPACE][=MAC]...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--sync-port", default=4501, show_default=True, help="Of requests.")
+@click.option("--async-port", default=4500, show_default=True, help="Of the publisher.")
+@click.option("--cpu", "cpus", multiple=True, type=int, help="Of the generators, port by port.")
+def trex(
+    devices: tuple[str, ...], host: str, sync_port: int, async_port: int, cpus: tuple[int, ...]
+) -> None:
+    """Be a stateless TRex server whose ports are these devices. Needs root.
+
+    MAC: where streams go that leave their target to the port.
+    """
+    from bench.trex.ports import Device
+    from bench.trex.server import serve
+
+    serve([Device.parse(text) for text in devices], host, sync_port, async_port, cpus)
+
+
 @main.command("report")
 @click.argument("path", type=Path)
 def report_(path: Path) -> None:

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Self, TypeVar
@@ -208,15 +209,9 @@ class Namespace:
         )
         return [int(word) for word in found.stdout.split() if int(word) != os.getpid()]
 
-    @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
+    def inside(self) -> AbstractContextManager[None]:
         """Take the calling thread into the namespace for the body; threads made there stay."""
-        with open("/proc/thread-self/ns/net") as home, self.path.open() as there:
-            _setns(there.fileno())
-            try:
-                yield
-            finally:
-                _setns(home.fileno())
+        return inside(self.path)
 
     def delete(self) -> None:
         """Kill what runs in here and delete it."""
@@ -224,6 +219,20 @@ class Namespace:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         subprocess.run(["ip", "netns", "del", self.name], capture_output=True, check=False)
+
+
+@contextlib.contextmanager
+def inside(path: Path | None) -> Iterator[None]:
+    """Take the calling thread into a network namespace for the body; None: it stays."""
+    if path is None:
+        yield
+        return
+    with open("/proc/thread-self/ns/net") as home, path.open() as there:
+        _setns(there.fileno())
+        try:
+            yield
+        finally:
+            _setns(home.fileno())
 
 
 def _setns(fd: int) -> None:
@@ -256,6 +265,12 @@ class Lab:
         """Make a namespace; it is deleted with the lab at the latest."""
         self.namespaces[name] = made = Namespace(self, name)
         return made
+
+    def process(self, command: Sequence[str], name: str) -> Process:
+        """Start a command outside all namespaces; the lab stops it at the latest."""
+        process = Process(command, self.folder / f"{name}-{secrets.token_hex(2)}.log")
+        self.processes.append(process)
+        return process
 
     def delete(self, namespace: Namespace) -> None:
         """Delete a namespace before the lab ends."""

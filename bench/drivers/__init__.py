@@ -25,7 +25,7 @@ from bench.usage import Usage
 DRIVERS = {
     "frames": "XDP live frames (BPF_PROG_RUN), the fastest here",
     "pcap": "packets of a file or of the case, by AF_PACKET",
-    "trex": "a TRex server (--server HOST)",
+    "trex": "TRex's client and a TRex server (--server HOST; without: our own)",
 }
 
 

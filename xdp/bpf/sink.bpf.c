@@ -21,8 +21,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include "generator.h"
-
-#define SUB_BITS 7
+#include "histogram.h"
 
 struct {
   __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -74,24 +73,6 @@ static __always_inline void *payload_of(void *data, void *end)
     return (void *)(ip + 1) + sizeof(struct udphdr);
   }
   return 0;
-}
-
-static __always_inline __u32 bucket_of(__u64 value)
-{
-  __u32 shift = 0;
-  __u64 rest;
-
-  if (value < 1 << SUB_BITS)
-    return (__u32)value;
-  rest = value >> SUB_BITS;
-#pragma unroll
-  for (int step = 32; step; step >>= 1)
-    if (rest >> step) {
-      rest >>= step;
-      shift += step;
-    }
-  shift++;
-  return shift * (1 << (SUB_BITS - 1)) + (__u32)(value >> shift);
 }
 
 static __always_inline void note_time(struct sink_count *c, const struct stamp *s)
