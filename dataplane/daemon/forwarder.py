@@ -101,7 +101,8 @@ class Forwarder:
         """Once a second: heartbeat, dead devices, changes without a call, ports that failed."""
         if self._alive():
             self.steering.beat()
-        self.table.collect(self.workers[0].tables)
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        self.table.collect(self.workers[0].tables, now)
         self._sweep()
         for name in self.ports.check():
             log.warning("device gone", device=name)

@@ -11,7 +11,6 @@ generation 0 the table is off and XDP looks nothing up.
 """
 
 import secrets
-import time
 from typing import Any
 
 import numpy as np
@@ -98,9 +97,8 @@ class FlowTable:
         except KernelError:
             pass  # the kernel has taken it out with its device
 
-    def collect(self, tables: Any) -> None:
-        """Read XDP's counters, retire idle entries. tables: Tables of any worker."""
-        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    def collect(self, tables: Any, now: int) -> None:
+        """Read XDP's counters, retire idle entries. tables: of any worker; now: ns, monotonic."""
         self.live, packets = harvest(tables, self._counters, self.flows, self.slots, now)
         self.packets += packets
 

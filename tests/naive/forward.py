@@ -68,7 +68,8 @@ def _encapsulate(packet: bytearray, found: dict, adjacency: Adjacency, inner: by
     else:
         shim = struct.pack(">BBHI", 0, 0, 0x6558, tunnel.vni << 8)
     body = shim + tunnel.inner_destination_mac + tunnel.inner_source_mac + inner + bytes(packet)
-    udp = struct.pack(">HHHH", 49152 + (mixed & 0x3FFF), tunnel.port, 8 + len(body), 0) + body
+    port = 49152 + (mixed & 0x3FFF)
+    udp = struct.pack(">HHHH", port, tunnel.port, 8 + len(body), 0) + body
     addresses = tunnel.local.packed + tunnel.remote.packed
     family, tos = tunnel.remote.version, found["tos"]
     if family == 4:
@@ -76,7 +77,7 @@ def _encapsulate(packet: bytearray, found: dict, adjacency: Adjacency, inner: by
         check = ~ones_sum(start + addresses) & 0xFFFF
         ip = start[:10] + struct.pack(">H", check) + addresses
     else:
-        word = 6 << 28 | tos << 20 | mixed & 0xFFFFF
+        word = 6 << 28 | tos << 20 | port  # one entropy for both: the flow table keeps it once
         ip = struct.pack(">IHBB", word, len(udp), 17, 64) + addresses
     outer = struct.pack(">H", ETHER_TYPES[family])
     return adjacency.destination_mac + adjacency.source_mac + outer + ip + udp

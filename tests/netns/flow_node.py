@@ -106,7 +106,7 @@ class FlowNode:
 
     def collect(self) -> None:
         """Collect XDP's counters."""
-        self.table.collect(self.world.tables)
+        self.table.collect(self.world.tables, self.world.now)
 
     def forget(self) -> None:
         """Start with no connection and an empty table."""
