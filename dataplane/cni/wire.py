@@ -131,13 +131,13 @@ def _configure_pod(attachment: Attachment) -> None:
     if any(address.version == 6 for address in attachment.addresses):
         _prepare_ipv6(attachment.ifname)
     device.checksum_off(attachment.ifname)
-    device.coalescing_on(attachment.ifname)
     with IPRoute() as ip:
         ip.link("set", index=ip.link_lookup(ifname="lo")[0], state="up")
         index = ip.link_lookup(ifname=attachment.ifname)[0]
         for address in attachment.addresses:
             _add_address(ip, index, address)
         ip.link("set", index=index, state="up")
+        device.coalescing_on(attachment.ifname)  # veth tells its peer only while it is up
         for router in attachment.routers:
             ip.neigh(
                 "replace",

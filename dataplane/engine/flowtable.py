@@ -11,6 +11,7 @@ generation 0 the table is off and XDP looks nothing up.
 """
 
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from dataplane.kernels.harvest import harvest
 from dataplane.kernels.rows import Rows
 from xdp.abi import CONST, DTYPE
 from xdp.errors import KernelError
-from xdp.netdev import takes_redirects
+from xdp.netdev import redirect_targets
 from xdp.object import BpfObject
 
 WAYS = CONST["FLOW_WAYS"]
@@ -77,11 +78,14 @@ class FlowTable:
         """Make every entry stale."""
         renew(self.flows)
 
-    def open(self, port: int, ifindex: int) -> None:
-        """Let packets be redirected to a port, if its device takes them."""
-        self.devices[port] = 0
-        if not takes_redirects(ifindex):
-            return
+    def follow(self, ports: Mapping[int, int]) -> None:
+        """Let packets be redirected to those ports (index: ifindex) whose devices take them now."""
+        targets = redirect_targets() if ports else frozenset()
+        for port, ifindex in ports.items():
+            if (ifindex in targets) != bool(self.devices[port]):
+                self._open(port, ifindex) if ifindex in targets else self.close(port)
+
+    def _open(self, port: int, ifindex: int) -> None:
         try:
             self._bpf.maps["flow_devices"].update(port, ifindex)
         except KernelError:

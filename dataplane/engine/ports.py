@@ -97,6 +97,7 @@ class Ports:
         for index, row in wanted.items():
             if index not in self._open:
                 self._open[index] = self._start(index, row)
+        self._follow()
 
     def check(self) -> list[str]:
         """Close the ports whose device has died (nobody is told); return their names."""
@@ -109,7 +110,12 @@ class Ports:
             self._close(port)
             port.error = f"device {port.name} (ifindex {port.ifindex}) is gone"
             self._open[index] = port
+        self._follow()
         return names
+
+    def _follow(self) -> None:
+        """A device may begin or cease to take redirected frames at any moment."""
+        self._table.follow({n: port.ifindex for n, port in self._open.items() if not port.error})
 
     def close(self, keep_pods: bool) -> None:
         """Close all; with keep_pods the pods' programs stay attached and drop (fail closed)."""
@@ -121,7 +127,6 @@ class Ports:
         try:
             self._open_sockets(port)
             self._attach(port)
-            self._table.open(port.index, port.ifindex)
         except (XdpError, OSError, RuntimeError) as error:
             self._close(port)
             port.error = f"port {port.name}: {error}"

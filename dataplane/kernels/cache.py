@@ -17,8 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("dataplane/kernels", "dataplane/engine")
-FILES = ("xdp/abi.h", "xdp/abi.py")
+FOLDERS = ("dataplane/kernels",)
+COMPILED = ("account", "loop", "rings", "warm")  # what is compiled of the engine
+FILES = ("xdp/abi.h", "xdp/abi.py", *(f"dataplane/engine/{name}.py" for name in COMPILED))
 KEEP = 3  # digests kept beside the present one: branches that one switches between
 
 
