@@ -98,7 +98,7 @@ def run_stages(b, t, k, f, x, c, area, images, frames, vectors, last):
         if last >= 6:
             judge(b, t)
         if last >= 7:
-            answer(b, t)
+            answer(b, t, c)
         if last >= 8:
             translate(b, t)
         if last >= 9:
@@ -137,8 +137,8 @@ class World:
         self.tables = make_tables(self.shm)
         self.conntrack = Conntrack(self.shm, np.zeros(NAT_PORTS, np.uint32), 1)
         self.fragments = make_fragments()
-        rows = (self.shm.reasons[0], self.shm.port_counters[0])
-        self.counters = make_counters(*rows, self.shm.worker_stats[0:1], self.shm.flows[0])
+        rows = (self.shm.reasons[0], self.shm.port_counters[0], self.shm.worker_stats[0:1])
+        self.counters = make_counters(*rows, self.conntrack.trackers[0].ring)
 
     def _tables(self, writer: TableWriter, tunnel: bool, records: int) -> None:
         kind = value("TUNNEL_VXLAN")

@@ -23,6 +23,7 @@ from dataplane.engine.worker import make_tables
 from dataplane.kernels.ageing import sweep
 from dataplane.kernels.batch import VERDICT_DROP, VERDICT_HOLD, VERDICT_SEND, make_batch
 from dataplane.kernels.connections import MASK, Tracker
+from dataplane.kernels.events import NOW
 from dataplane.kernels.flows import make_flows
 from dataplane.kernels.fragments import Fragments, make_fragments
 from dataplane.kernels.rows import Rows
@@ -154,8 +155,9 @@ class World:
 
     def _lane(self, n: int) -> Lane:
         shm = self.shm
-        rows = (shm.reasons[n], shm.port_counters[n], shm.worker_stats[n : n + 1], shm.flows[n])
-        return Lane(self.conntrack.trackers[n], make_fragments(), make_counters(*rows))
+        rows = (shm.reasons[n], shm.port_counters[n], shm.worker_stats[n : n + 1])
+        tracker = self.conntrack.trackers[n]
+        return Lane(tracker, make_fragments(), make_counters(*rows, tracker.ring))
 
     def _node(self, rate: int) -> None:
         six = int(ROUTER6)
@@ -291,7 +293,9 @@ class World:
         timeouts, mask = Rows(self.shm.node[0]["timeout_s"]), int(self.tracker.words[MASK])
         tables = (self.tables.connections, self.tables.connection_index, self.tracker.places)
         tick = self.now >> CONST["TICK_SHIFT"]
-        return sweep(*tables, timeouts, mask, 0, self.conntrack.records, tick)[2]
+        ring = self.conntrack.ring
+        ring[NOW] = self.now
+        return sweep(*tables, ring, timeouts, mask, 0, self.conntrack.records, tick)[2]
 
     def one(self, port: int, frame: bytes, worker: int = 0) -> Result:
         """Send one frame through all stages."""

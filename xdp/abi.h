@@ -33,7 +33,6 @@
 #define FIB4_GROUPS 65536        /* DIR-24-8: groups of 256 for prefixes beyond /24 */
 #define FIB6_SLOTS 4194304       /* open addressing, twice a million routes and room */
 #define FIB6_PROBES_MAX 64       /* slots a lookup may touch; the writer refuses a longer run */
-#define FLOWS_MAX 4096           /* recent flows a worker, direct-mapped */
 #define REASONS_MAX 256
 #define PREFIXES_MAX 16          /* pod prefixes of this node that the uplink steers */
 #define LOCALS_MAX 32            /* addresses of this node that the tunnel may arrive at */
@@ -410,7 +409,9 @@ struct node {
   __u32 flags;                   /* NODE_* */
   __u32 connections;             /* records that may be used, a power of two; read once */
   __u32 flow_slots;              /* entries of the flow table, a power of two, 0: off; read once */
-  __u32 reserved1;
+  __u8 events_off;               /* bit n: events of kind n (enum flow_event) are not written */
+  __u8 sample_shift;             /* one packet of 2**n is told as EVENT_SAMPLE; 0: none */
+  __u16 reserved1;
   __u32 timeout_s[16];           /* by enum connection_state */
   __u32 nat_first;               /* first source port for masquerading */
   __u32 nat_count;               /* and how many; 0: only ports that are kept */
@@ -674,31 +675,6 @@ struct worker_stats {
   __u64 free_frames;
   __u64 tid;
   __u64 reserved[2];
-};
-
-/* What was dropped lately. Direct-mapped by the hash of the flow: a newer one takes the place. */
-struct flow {
-  __u64 source_hi;
-  __u64 source_lo;
-  __u64 destination_hi;
-  __u64 destination_lo;
-  __u16 source_port;
-  __u16 destination_port;
-  __u8 protocol;
-  __u8 family;                   /* 4 or 6 */
-  __u8 reason;                   /* of the last packet */
-  __u8 reserved0;
-  __u16 ingress_port;
-  __u16 egress_port;
-  __u32 hash;
-  __u32 verdict;                 /* verdict word of the policy that dropped it, 0: none */
-  __u32 source_identity;
-  __u32 destination_identity;
-  __u32 reserved1;
-  __u64 packets;
-  __u64 bytes;
-  __u64 last_ns;                 /* CLOCK_MONOTONIC */
-  __u64 first_ns;
 };
 
 /* --- forwarder -> whoever watches: a ring of events a writer --------------------------------- */

@@ -187,11 +187,17 @@ def counters(config: Any, path: Path | None, output: str) -> None:
 @click.option("--last", default=30, show_default=True, help="How many flows.")
 def flows(config: Any, path: Path | None, output: str, last: int) -> None:
     """Recent flows with verdict, newest first."""
+    from dataplane.daemon.engines import RULES
+    from dataplane.policy.view import rule_names
     from dataplane.tables import view
 
+    shm = _shm(config)
+    rows = view.flows(shm, last)
+    names = rule_names(shm.folder / RULES, {row["refusal"] for row in rows})
+    rows = [{**row, "policy": names.get(row["refusal"], "")} for row in rows]
     columns = ("source", "source_port", "destination", "destination_port", "protocol", "verdict")
-    rest = ("reason", "ingress", "packets", "bytes", "age_ms")
-    show(view.flows(_shm(config), last), output, (*columns, *rest))
+    rest = ("reason", "policy", "ingress", "packets", "bytes", "age_ms")
+    show(rows, output, (*columns, *rest))
 
 
 def _routes(config: Any) -> list[dict[str, Any]]:

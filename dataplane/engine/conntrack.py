@@ -24,6 +24,7 @@ from dataplane.kernels.connections import (
     MOST,
     make_tracker,
 )
+from dataplane.kernels.events import NOW, OFF, make_ring
 from dataplane.kernels.flows import Flows, make_flows, places_of
 from dataplane.kernels.rows import Rows
 from dataplane.tables.connection_view import Select, numbers
@@ -62,9 +63,11 @@ class Conntrack:
                 self.records,
                 n,
                 workers,
+                make_ring(shm.event_rings[n : n + 1], shm.flow_records[n]),
             )
             for n in range(workers)
         ]
+        self.ring = make_ring(shm.event_rings[-1:], shm.flow_records[-1])
         self._counters = shm.track_counters[-1]
         self._position = (0, 0)  # worker, record within its part
         self._passing = [0, 0]  # live and established so far in this pass
@@ -100,13 +103,14 @@ class Conntrack:
         """Look at the next SLICE records; True when a pass over all has come to its end."""
         worker, position = self._position
         left = SLICE
-        tick = _tick()
+        tick = self._begin()
         while left > 0 and worker < len(self.trackers):
             words = self.trackers[worker].words
             end = min(int(words[LIMIT]), position + left)
             first = int(words[FIRST])
             live, established, removed = sweep(
                 *self._tables,
+                self.ring,
                 Rows(self._shm.node[0]["timeout_s"]),
                 int(words[MASK]),
                 first + position,
@@ -130,13 +134,20 @@ class Conntrack:
         gone = 0
         for part in numbers(self._shm, select):
             mask = int(self.trackers[0].words[MASK])
-            gone += forget(*self._tables, mask, Rows(part), len(part), _tick())
+            tick = self._begin()
+            gone += forget(*self._tables, self.ring, mask, Rows(part), len(part), tick)
         return gone
 
     def compile(self) -> None:
         """Compile what a forwarder calls later (engine/warm.py)."""
-        forget(*self._tables, 0, Rows(np.zeros(1, np.int64)), 0, 0)
+        forget(*self._tables, self.ring, 0, Rows(np.zeros(1, np.int64)), 0, 0)
         restore(*self._tables, 0, 0, 0)
+
+    def _begin(self) -> int:
+        """Set the ring's clock; return the tick."""
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        self.ring[NOW], self.ring[OFF] = now, int(self._shm.node[0]["events_off"])
+        return now >> CONST["TICK_SHIFT"]
 
     def view(self) -> dict[str, Any]:
         """Return the gauges as plain data."""
@@ -146,7 +157,3 @@ class Conntrack:
             "limit": self.records,
             "pressure_percent": round(self.pressure_percent, 1),
         }
-
-
-def _tick() -> int:
-    return time.clock_gettime_ns(time.CLOCK_MONOTONIC) >> CONST["TICK_SHIFT"]

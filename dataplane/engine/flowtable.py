@@ -54,8 +54,8 @@ class FlowTable:
         )
         self.live = 0
         self.packets = 0
-        unused = (np.zeros(1, DTYPE[name]) for name in ("worker_stats", "flow"))
-        self._counters = make_counters(shm.reasons[-1], shm.port_counters[-1], *unused)
+        unused = np.zeros(1, DTYPE["worker_stats"])
+        self._counters = make_counters(shm.reasons[-1], shm.port_counters[-1], unused)
 
     def start(self, on: bool) -> None:
         """Open the empty table, or leave it off."""

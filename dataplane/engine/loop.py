@@ -17,6 +17,7 @@ from dataplane.engine.rings import collect, flush, receive, transmit
 from dataplane.kernels.admit import admit
 from dataplane.kernels.answer import answer
 from dataplane.kernels.connect import connect
+from dataplane.kernels.drops import flush_drops, tell_drops
 from dataplane.kernels.flows import install
 from dataplane.kernels.forward import forward
 from dataplane.kernels.fragments import fragments
@@ -94,7 +95,7 @@ def stages(b, t, k, f, x, c, sampled):
     _mark(c, ROUTE, sampled)
     judge(b, t)
     _mark(c, JUDGE, sampled)
-    answer(b, t)
+    answer(b, t, c)
     _mark(c, ANSWER, sampled)
     translate(b, t)
     _mark(c, TRANSLATE, sampled)
@@ -179,7 +180,9 @@ def run(b, r, t, k, f, x, c, control):
         if now - last < control[CONTROL_SPIN_NS] or waiting or f.waiting_count[0]:
             sched_yield()
             continue
+        flush_drops(c, now)
         _publish_stats(r, c, now)
         _sleep(c, control)
         last = _now(c)
+    tell_drops(c)
     _publish_stats(r, c, now)

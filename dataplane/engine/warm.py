@@ -40,7 +40,7 @@ def _jobs() -> list[tuple[str, Callable[[], object]]]:
         ("admit", lambda: loop.admit(batch, tables)),
         ("track", lambda: loop.track(batch, tables, worker.tracker)),
         ("connect", lambda: loop.connect(batch, tables, worker.tracker)),
-        ("answer", lambda: loop.answer(batch, tables)),
+        ("answer", lambda: loop.answer(batch, tables, counters)),
         ("translate", lambda: loop.translate(batch, tables)),
         ("the flow table", lambda: loop.install(batch, tables, flows)),
         ("and its counters", lambda: harvest(tables, counters, flows, 0, 0)),

@@ -67,7 +67,7 @@ class Worker:
             shm.reasons[number],
             shm.port_counters[number],
             shm.worker_stats[number : number + 1],
-            shm.flows[number],
+            tracker.ring,
         )
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

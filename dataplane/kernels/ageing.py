@@ -32,6 +32,7 @@ from dataplane.kernels.connections import (
     release,
     unlink,
 )
+from dataplane.kernels.events import end as tell_end
 from dataplane.kernels.house import (
     kernel,
     load8,
@@ -46,11 +47,12 @@ from dataplane.kernels.house import (
 
 
 @kernel
-def sweep(connections, index, places, timeout_s, mask, first, end, tick):
+def sweep(connections, index, places, ring, timeout_s, mask, first, end, tick):
     """Forget records first..end-1 whose time is over; return (live, established, removed).
 
     Runs beside the workers. connections, index: Rows of connection, uint64; places: of
-    flows.places_of; timeout_s: Rows of uint32[TIMEOUTS_MAX]; mask: buckets - 1; tick: now.
+    flows.places_of; ring: the sweeper's; timeout_s: Rows of uint32[TIMEOUTS_MAX]; mask: buckets-1;
+    tick: now.
     """
     records, where, along = connections.address, index.address, places.address
     live = established = removed = 0
@@ -62,6 +64,7 @@ def sweep(connections, index, places, timeout_s, mask, first, end, tick):
         state = load8(record + STATE)
         idle_s = (idle_of(record, tick) << TICK_SHIFT) // 1_000_000_000
         if idle_s >= np.int64(timeout_s[state]) and swap32(record + OWNER, LIVE, CLAIMED):
+            tell_end(ring.address, record)
             unlink(where, records, mask, number, along)
             release(records, number, tick)
             removed += 1
@@ -73,13 +76,14 @@ def sweep(connections, index, places, timeout_s, mask, first, end, tick):
 
 
 @kernel
-def forget(connections, index, places, mask, numbers, count, tick):
+def forget(connections, index, places, ring, mask, numbers, count, tick):
     """Forget the records of a list; return how many were there. numbers: Rows of int64."""
     records, where, along = connections.address, index.address, places.address
     gone = 0
     for n in range(count):
         record = records + numbers[n] * RECORD
         if swap32(record + OWNER, LIVE, CLAIMED):
+            tell_end(ring.address, record)
             unlink(where, records, mask, numbers[n], along)
             release(records, numbers[n], tick)
             gone += 1

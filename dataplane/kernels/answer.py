@@ -22,6 +22,7 @@ from dataplane.kernels.batch import (
     FLAG_DF,
     FLAG_ECHO,
     FLAG_LOCAL,
+    FLAG_NOTED,
     FLAG_RESET,
     KIND_ARP,
     KIND_IP4,
@@ -29,6 +30,7 @@ from dataplane.kernels.batch import (
     VERDICT_PENDING,
     VERDICT_SEND,
 )
+from dataplane.kernels.drops import note_drop
 from dataplane.kernels.house import (
     fold16,
     inline,
@@ -189,7 +191,7 @@ def _return_to_source(b, t, i, from_hi, from_lo):
     b.source_hi[i] = from_hi
     b.source_lo[i] = from_lo
     b.ttl[i] = TTL
-    b.flags[i] = (b.flags[i] & (FLAG_DECAPSULATED | FLAG_DF)) | FLAG_LOCAL
+    b.flags[i] = (b.flags[i] & (FLAG_DECAPSULATED | FLAG_DF | FLAG_NOTED)) | FLAG_LOCAL
     b.hash[i] = flow_hash(b, i)
     b.adjacency[i] = lookup(t, b.kind[i], b.target_hi[i], b.target_lo[i])
     kind = t.adjacencies[b.adjacency[i]].kind
@@ -301,11 +303,12 @@ def _settle_error(b, t, i, at, size, protocol, router_hi, router_lo):
 
 
 @inline
-def _answer_reset(b, t, i):
+def _answer_reset(b, t, c, i):
     """A TCP reset from the packet's target (RFC 9293 3.5.2, 3.10.7.1), written over the packet."""
     if not _token(b, t):
         drop(b, i, RATE_LIMITED)
         return
+    note_drop(b, t, c, i)
     four = b.kind[i] == KIND_IP4
     at, tcp = b.address[i] + b.l3[i], b.address[i] + b.l4[i]
     flags = load8(tcp + wire.TCP_FLAGS)
@@ -362,7 +365,7 @@ def _header6(at, source_hi, source_lo, target_hi, target_lo):
 
 
 @inline
-def _answer_error(b, t, i):
+def _answer_error(b, t, c, i):
     node = t.node[0]
     four = b.kind[i] == KIND_IP4
     named = node.router4 != ZERO if four else (node.router6_hi | node.router6_lo) != ZERO
@@ -370,22 +373,27 @@ def _answer_error(b, t, i):
         drop(b, i, b.reason[i])
     elif not _token(b, t):
         drop(b, i, RATE_LIMITED)
-    elif four:
-        _error4(b, t, i)
     else:
-        _error6(b, t, i)
+        note_drop(b, t, c, i)
+        if four:
+            _error4(b, t, i)
+        else:
+            _error6(b, t, i)
 
 
 @kernel
-def answer(b, t):
-    """Write every answer that the vector asks for; other packets cost about 1 ns."""
+def answer(b, t, c):
+    """Write every answer that the vector asks for; other packets cost about 1 ns. c: Counters.
+
+    What is answered instead of forwarded is told as a drop, while the packet still stands.
+    """
     for i in range(b.count[0]):
         if b.verdict[i] != VERDICT_PENDING:
             continue
         if b.flags[i] & FLAG_RESET:
-            _answer_reset(b, t, i)
+            _answer_reset(b, t, c, i)
         elif b.flags[i] & FLAG_ANSWER:
-            _answer_error(b, t, i)
+            _answer_error(b, t, c, i)
         elif b.kind[i] == KIND_ARP:
             _answer_arp(b, t, i)
         elif b.kind[i] == KIND_IP6 and is_gateway_solicitation(b, t, i):

@@ -49,6 +49,8 @@ FLAG_AUDITED = 32768  # passes by policy audit only
 FLAG_NAT_SOURCE = 65536  # its source was made one of this node's own
 FLAG_ADMITTED = 131072  # was held as a fragment: `admit` has seen it
 FLAG_WORTH = 262144  # its direction is worth an entry of the flow table
+FLAG_NOTED = 1048576  # its drop has been told
+FLAG_SERVED = 524288  # refused on its way through `service`; `nat_target` and `nat_ports` say where
 
 WAY_ORIGINAL = 0  # Batch.way: as the connection's first packet
 WAY_REPLY = 1
@@ -104,6 +106,7 @@ COLUMNS = {
     "connection": NUMBER,  # record of the connection, -1: none
     "way": NUMBER,  # WAY_*
     "refusal": NUMBER,  # verdict word of the policy that dropped it
+    "service": NUMBER,  # with FLAG_SERVED, row of the service
     "source_identity": NUMBER,  # where a policy was asked
     "target_identity": NUMBER,
     "nat_source_hi": WIDE,  # with FLAG_NAT, what the addresses and ports become

@@ -45,17 +45,11 @@ from dataplane.kernels.connections import (
     remove,
     unlink,
 )
-from dataplane.kernels.house import (
-    inline,
-    kernel,
-    load8,
-    load32,
-    load64,
-    swap32,
-)
+from dataplane.kernels.events import begin
+from dataplane.kernels.house import inline, kernel, load8, load32, load64, swap32
 from dataplane.kernels.nat import NO_PORT, note_exhausted, take_port
 from dataplane.kernels.parse import drop, is_echo, mix, tuple_word
-from dataplane.kernels.refuse import deny, reject
+from dataplane.kernels.refuse import deny, reject, served
 from dataplane.kernels.rejudge import judge_again
 from dataplane.kernels.related import find_related
 from dataplane.kernels.route import lookup, peer_of
@@ -130,6 +124,7 @@ def _to_service(b, t, k, i):
     source_hi, source_lo = b.source_hi[i], b.source_lo[i]
     backend = choose(t, service, outside, source_hi, source_lo, b.hashes[i], k.words[TICK])
     if backend == 0:
+        served(b, i, service, b.target_hi[i], b.target_lo[i], port)
         _no_backend(b, t, i)
         return np.int64(-1), none, port
     b.target_hi[i] = t.backends[backend].hi
@@ -254,6 +249,8 @@ def _create(b, t, k, i):
     b.source_identity[i] = np.int64(t.peers[verdict.source].identity)
     b.target_identity[i] = np.int64(t.peers[verdict.target].identity)
     if verdict.reason:
+        if service:
+            served(b, i, service, b.target_hi[i], b.target_lo[i], port)
         b.target_hi[i], b.target_lo[i] = target_hi, target_lo
         deny(b, i, verdict.reason, verdict.word)
         return
@@ -310,12 +307,15 @@ def _insert(
         k.counters[0].refused += np.uint64(1)
         drop(b, i, INSERTION_FAILED)
         return
+    made = number
     if k.words[WORKERS] > 1:
         number = _first(b, t, k, i, number)
     k.counters[0].created += np.uint64(1)
     b.connection[i] = number
     b.way[i] = WAY_ORIGINAL
     _pass(b, i, records + number * RECORD, WAY_ORIGINAL, k.words[TICK])
+    if number == made:
+        begin(k.ring.address, record)
 
 
 @inline
@@ -426,7 +426,8 @@ def _one(b, t, k, i):
         record = t.connections.address + number * RECORD
         stale = load32(record + GENERATION) != k.words[JUDGEMENT]
         if not is_new(b, i, record) and (not stale or judge_again(t, k, number)):
-            if settle(b, i, record, b.way[i], k.words[TICK], k.places.address):
+            places, ring = k.places.address, k.ring.address
+            if settle(b, i, record, b.way[i], k.words[TICK], places, ring):
                 return
         else:
             remove(

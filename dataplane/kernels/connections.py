@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dataplane.kernels.events import end, make_ring
 from dataplane.kernels.house import (
     add32,
     inline,
@@ -41,38 +42,27 @@ from dataplane.kernels.house import (
     swap32,
     swap64,
 )
+from dataplane.kernels.layout import (
+    CREATED,
+    FLAGS,
+    LINE,
+    STATE,
+    WORD,
+    offset,
+    offset_of,
+)
 from dataplane.kernels.parse import mix
 from dataplane.kernels.rows import Rows
 from xdp.abi import CONST, DTYPE, value
 
-
-def offset_of(struct: str, field: str) -> int:
-    """Return the offset of a structure's member."""
-    fields = DTYPE[struct].fields
-    assert fields is not None
-    return int(fields[field][1])
-
-
-def offset(field: str) -> int:
-    """Return the offset of a member of struct connection."""
-    return offset_of("connection", field)
-
-
 RECORD = DTYPE["connection"].itemsize
-LINE = 64  # the reply's tuple stands one cache line behind the original direction's
-WORD = offset("word")
 OWNER = offset("owner")
 GENERATION = offset("generation")
-STATE = offset("state")
-FLAGS = offset("flags")
-TCP_SEEN = offset("tcp_original")
 LAST = offset("last_original")
-PACKETS = offset("packets_original")
 BYTES = offset("bytes_original")
 FLOW_SLOT = offset("flow_original")
 HASH = offset("hash")
 REPLY_HASH = offset("reply_hash")
-CREATED = offset("created")
 
 FREE, CLAIMED, LIVE = (value(f"RECORD_{name}") for name in ("FREE", "CLAIMED", "LIVE"))
 ESTABLISHED = value("CONNECTION_ESTABLISHED")
@@ -108,6 +98,7 @@ TICK = 6  # now
 WORKERS = 7
 SAVED = 8  # steps of the hand that were spared
 NOTICED = 9  # 9, 10, 11: generations of the tables that the flow table follows
+RING = 12  # memory address of its ring's words: where it tells of connections that go
 WORDS = 16
 
 
@@ -119,6 +110,7 @@ class Tracker(NamedTuple):
     exhausted: Rows  # exhausted[EXHAUSTED_MAX]: its row
     nat_ports: Rows  # uint32[NAT_PROTOCOLS * 65536]: connections by NAT port
     places: Rows  # int64[4]: memory addresses of what goes with a connection
+    ring: Rows  # of events.make_ring
 
 
 def make_tracker(
@@ -129,11 +121,12 @@ def make_tracker(
     records: int,
     worker: int = 0,
     workers: int = 1,
+    ring: Rows | None = None,
 ) -> Tracker:
     """Return the Tracker of a worker over its part of `records` (a power of two) records.
 
     counters: track_counter[1]; exhausted: exhausted[EXHAUSTED_MAX]; nat_ports: uint32[4 * 65536];
-    places: of flows.places_of.
+    places: of flows.places_of; ring: of events.make_ring, none: nobody watches.
     """
     words = np.zeros(WORDS, np.int64)
     part = records // workers
@@ -142,7 +135,10 @@ def make_tracker(
     words[MASK] = records * 4 // WAYS - 1
     words[WORKERS] = workers
     counters[0]["limit"] = words[LIMIT]
-    return Tracker(Rows(words), Rows(counters), Rows(exhausted), Rows(nat_ports), Rows(places))
+    ring = ring or make_ring()
+    words[RING] = ring.address
+    rows = (Rows(one) for one in (words, counters, exhausted, nat_ports, places))
+    return Tracker(*rows, ring)
 
 
 @inline
@@ -379,6 +375,7 @@ def allocate(index, records, words, places, counters):
             return number
     if victim >= 0 and swap32(records + victim * RECORD + OWNER, LIVE, CLAIMED):
         mask = load64(words + MASK * 8)
+        end(load64(words + RING * 8), records + victim * RECORD)
         unlink(index, records, mask, victim, places)
         # The others that it has seen are seen again: else a hand that comes round to many that
         # stay every few evictions would refuse as often as it evicts.
@@ -405,6 +402,7 @@ def remove(index, records, words, places, number):
     """Take a live connection out of the table; False when another thread is at it."""
     if not swap32(records + number * RECORD + OWNER, LIVE, CLAIMED):
         return False
+    end(load64(words + RING * 8), records + number * RECORD)
     unlink(index, records, load64(words + MASK * 8), number, places)
     release(records, number, load64(words + TICK * 8))
     return True

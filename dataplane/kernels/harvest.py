@@ -19,7 +19,6 @@ from dataplane.kernels.connections import (
     LAST,
     LIVE,
     OWNER,
-    PACKETS,
     RECORD,
     SEEN,
     SEEN_STATE,
@@ -40,6 +39,7 @@ from dataplane.kernels.house import (
     store32,
     store32_release,
 )
+from dataplane.kernels.layout import PACKETS
 from xdp.abi import CONST, value
 
 IDLE_NS = 10_000_000_000  # an entry idle for longer goes

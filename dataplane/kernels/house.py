@@ -285,6 +285,17 @@ def fence(typing):
 
 
 @intrinsic
+def fence_release(typing):
+    """Barrier: no store behind it is seen before one in front of it. No instruction on x86."""
+
+    def generate(context, builder, signature, args):
+        builder.fence("release")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
 def prefetch(typing, address):
     """Ask for the cache line of an address, for reading and writing soon."""
 

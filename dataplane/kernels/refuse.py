@@ -19,6 +19,7 @@ from dataplane.kernels.batch import (
     FLAG_LATER_FRAGMENT,
     FLAG_MULTICAST,
     FLAG_RESET,
+    FLAG_SERVED,
     KIND_IP4,
 )
 from dataplane.kernels.house import inline, load8
@@ -55,6 +56,15 @@ def _reset(b, i, reason):
         return
     b.reason[i] = reason
     b.flags[i] |= FLAG_ANSWER | FLAG_RESET
+
+
+@inline
+def served(b, i, service, hi, lo, port):
+    """Note that packet i is refused on its way through a service: where that would have led."""
+    b.flags[i] |= FLAG_SERVED
+    b.service[i] = service
+    b.nat_target_hi[i], b.nat_target_lo[i] = hi, lo
+    b.nat_ports[i] = port
 
 
 @inline

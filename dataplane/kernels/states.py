@@ -27,6 +27,7 @@ ESTABLISHED = value("CONNECTION_ESTABLISHED")
 UNUSUAL = wire.TCP_SYN | wire.TCP_FIN | wire.TCP_RST
 CHUNK_INIT, CHUNK_INIT_ACK, CHUNK_ABORT, CHUNK_SHUTDOWN = 1, 2, 6, 7
 CHUNK_SHUTDOWN_COMPLETE = 14
+SETTLED_NO_MORE, FLAGS_ARE_NEW = 1, 2
 
 
 @inline
@@ -80,26 +81,29 @@ def next_other(state, way):
 def advance(record_state, record_seen, protocol, at, way):
     """Bring a record's state up to date with a packet whose transport header stands at `at`.
 
-    Returns True when an established connection is so no more.
+    Returns bits: SETTLED_NO_MORE when an established connection is so no more, FLAGS_ARE_NEW when
+    its direction has not shown these TCP flags before.
     record_state: memory address of its state byte; record_seen: of its two bytes of TCP flags.
     """
     state = load8(record_state)
+    said = 0
     if protocol == wire.TCP:
         flags = load8(at + wire.TCP_FLAGS)
         if state == ESTABLISHED and not flags & UNUSUAL:
-            return False
+            return 0
         seen, other = load8(record_seen + way), load8(record_seen + 1 - way)
         fresh = next_tcp(state, flags, way, seen, other)
         if flags | seen != seen:
             store8(record_seen + way, flags | seen)
+            said = FLAGS_ARE_NEW
     elif protocol == wire.SCTP:
         fresh = next_sctp(state, load8(at + wire.SCTP_CHUNK), way)
     else:
         fresh = next_other(state, way)
     if fresh == state:
-        return False
+        return said
     store8(record_state, fresh)
-    return state == ESTABLISHED
+    return said | SETTLED_NO_MORE if state == ESTABLISHED else said
 
 
 @inline

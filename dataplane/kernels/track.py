@@ -42,11 +42,9 @@ from dataplane.kernels.connections import (
     MASK,
     NOTICED,
     OWNER,
-    PACKETS,
     PLACE_GENERATION,
     RECORD,
     STATE,
-    TCP_SEEN,
     TICK,
     TICK_SHIFT,
     WORD,
@@ -57,6 +55,7 @@ from dataplane.kernels.connections import (
     same_tuple,
     tag_of,
 )
+from dataplane.kernels.events import CHANGE, NOW, OFF, REPLY, note
 from dataplane.kernels.house import (
     add32,
     inline,
@@ -71,16 +70,24 @@ from dataplane.kernels.house import (
     store32,
     store64,
 )
+from dataplane.kernels.layout import PACKETS, TCP_SEEN
 from dataplane.kernels.parse import mix
-from dataplane.kernels.refuse import deny
-from dataplane.kernels.states import CLOSED, CLOSING, advance, reopens
+from dataplane.kernels.refuse import deny, served
+from dataplane.kernels.states import (
+    CLOSED,
+    CLOSING,
+    FLAGS_ARE_NEW,
+    SETTLED_NO_MORE,
+    advance,
+    reopens,
+)
 from xdp.abi import CONST
 
 NAT_SOURCE = CONST["CONNECTION_FLAG_NAT_SOURCE"]
 NAT_TARGET = CONST["CONNECTION_FLAG_NAT_TARGET"]
 DENIED = CONST["CONNECTION_FLAG_DENIED"]
 AUDITED = CONST["CONNECTION_FLAG_AUDITED"]
-REFUSAL, REASON = offset("refusal"), offset("reason")
+REFUSAL, REASON, SERVICE = offset("refusal"), offset("reason"), offset("service")
 SOURCE_IDENTITY, TARGET_IDENTITY = offset("source_identity"), offset("target_identity")
 GENERATION_MASK = 0xFFFFFFFF
 FLOW_EVERY = 7  # a direction's FLOW_LEAST'th packet is worth an entry, and each 8th from there
@@ -148,19 +155,28 @@ def count(b, i, record, way, tick):
 
 
 @inline
-def settle(b, i, record, way, tick, places):
+def settle(b, i, record, way, tick, places, ring):
     """Let packet i of a judged connection pass, or refuse it; False when the record is no more."""
     flags = load8(record + FLAGS)
     if flags & DENIED:
         b.source_identity[i] = load32(record + (TARGET_IDENTITY if way else SOURCE_IDENTITY))
         b.target_identity[i] = load32(record + (SOURCE_IDENTITY if way else TARGET_IDENTITY))
+        if not way and flags & NAT_TARGET:
+            line = record + LINE
+            hi, lo = np.uint64(load64(line)), np.uint64(load64(line + 8))
+            served(b, i, load32(record + SERVICE), hi, lo, (load64(line + WORD) >> 48) & 0xFFFF)
         deny(b, i, load32(record + REASON), load32(record + REFUSAL))
         return True
     count(b, i, record, way, tick)
     if not b.flags[i] & FLAG_LATER_FRAGMENT:
         at = b.address[i] + b.l4[i]
-        if advance(record + STATE, record + TCP_SEEN, b.protocol[i], at, way):
-            cut_flows(places, record, b.connection[i])
+        news = advance(record + STATE, record + TCP_SEEN, b.protocol[i], at, way)
+        if news:
+            if news & SETTLED_NO_MORE:
+                cut_flows(places, record, b.connection[i])
+            if news & FLAGS_ARE_NEW:
+                flags_seen = load8(at + wire.TCP_FLAGS)
+                note(ring, record, CHANGE, flags_seen, REPLY if way else 0)
     if flags & AUDITED:
         b.flags[i] |= FLAG_AUDITED
     if flags & (NAT_SOURCE | NAT_TARGET):
@@ -179,7 +195,7 @@ def is_new(b, i, record):
 
 
 @inline
-def _known(b, i, records, judgement, tick, places):
+def _known(b, i, records, judgement, tick, places, ring):
     """True when packet i's connection is known, judged, and the packet dealt with."""
     number = b.connection[i]
     if number < 0:
@@ -190,7 +206,7 @@ def _known(b, i, records, judgement, tick, places):
         return False
     if load32(record + GENERATION) != judgement or is_new(b, i, record):
         return False
-    if not settle(b, i, record, b.way[i], tick, places):
+    if not settle(b, i, record, b.way[i], tick, places, ring):
         b.connection[i] = -1
         return False
     return True
@@ -251,17 +267,19 @@ def follow_tables(t, k):
 def track(b, t, k):
     """Find every packet's connection. About 8 ns a packet of a known one. k: Tracker."""
     k.words[TICK] = b.now_ns[0] >> TICK_SHIFT
+    k.ring[NOW], k.ring[OFF] = b.now_ns[0], np.int64(t.node[0].events_off)
     b.flow_generation[0] = follow_tables(t, k)
     k.words[JUDGEMENT] = np.int64(t.control[0].judgement) & GENERATION_MASK
     _find_buckets(b, t, k)
     _find_records(b, t, k)
     records = t.connections.address
     judgement, tick, places = k.words[JUDGEMENT], k.words[TICK], k.places.address
+    ring = k.ring.address
     todo = 0
     for i in range(b.count[0]):
         if not trackable(b, t, i):
             continue
-        if not _known(b, i, records, judgement, tick, places):
+        if not _known(b, i, records, judgement, tick, places, ring):
             b.todo[todo] = i
             todo += 1
     b.todo_count[0] = todo

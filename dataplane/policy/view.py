@@ -17,7 +17,7 @@ from dataplane.policy.explain import NAMES
 from dataplane.policy.rulebook import attributions, labels, read
 from dataplane.tables.policies import CLOSED, OPEN
 from dataplane.tables.shm import Shm
-from dataplane.tables.verdicts import RESERVED, Peer, Reader, Verdict
+from dataplane.tables.verdicts import RESERVED, RULE_SHIFT, Peer, Reader, Verdict
 
 IDENTITIES_SHOWN = 4  # of a group
 
@@ -138,6 +138,15 @@ class View:
         peer = self.reader.find(address)[1]
         said = self.reader.verdict(row, peer.group, direction, protocol, number)
         return _verdict(said, attributions(self._book, [said.rule]))
+
+
+def rule_names(rules_file: Path, words: Iterable[int]) -> dict[int, str]:
+    """Return who made verdict words, as far as that is known."""
+    numbers = {word: word >> RULE_SHIFT for word in words}
+    abouts = attributions(read(rules_file), numbers.values())
+    return {
+        word: attribution(abouts[number]) for word, number in numbers.items() if number in abouts
+    }
 
 
 def _labels(number: int, known: dict[int, Any]) -> list[str]:

@@ -70,7 +70,6 @@ ARRAYS = MappingProxyType(
         "reasons": (DTYPE["reason_counter"], (_WORKERS + 1, 2, CONST["REASONS_MAX"])),
         "port_counters": (DTYPE["port_counter"], (_WORKERS + 1, CONST["PORTS_MAX"])),
         "worker_stats": (DTYPE["worker_stats"], (_WORKERS,)),
-        "flows": (DTYPE["flow"], (_WORKERS, CONST["FLOWS_MAX"])),
         "flow_records": (DTYPE["flow_record"], (_WORKERS + 1, CONST["EVENTS_MAX"])),
         "event_rings": (DTYPE["event_ring"], (_WORKERS + 1,)),
     }
@@ -125,7 +124,6 @@ class Shm:
     reasons: np.ndarray
     port_counters: np.ndarray
     worker_stats: np.ndarray
-    flows: np.ndarray
     flow_records: np.ndarray
     event_rings: np.ndarray
 

@@ -11,11 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from dataplane.tables import events
 from dataplane.tables.connection_view import PROTOCOLS, Select, connections
 from dataplane.tables.shm import Shm
 from xdp.abi import CONST, ENUM, reason_text, value
 
 DROPS = 130  # reasons from here on are drops
+DROP = value("EVENT_DROP")
+DROPS_READ = 16384  # of the newest
+_DROP_KEY = (
+    "source_hi", "source_lo", "target_hi", "target_lo", "source_port", "target_port", "protocol",
+    "family", "reason", "egress_rule", "port",
+)  # fmt: skip
+"""What is the same in drops that are shown as one."""
 SHARED = (
     "source", "source_port", "destination", "destination_port", "protocol", "reason", "refusal",
     "source_identity", "destination_identity",
@@ -102,36 +110,56 @@ def workers(shm: Shm) -> list[dict[str, Any]]:
 
 def flows(shm: Shm, limit: int = 50) -> list[dict[str, Any]]:
     """Return the latest flows, newest first: connections, and what was dropped."""
-    rows = shm.flows[shm.flows["packets"] > 0]
-    rows = rows[np.argsort(rows["last_ns"])[::-1][:limit]]
     names = [row["name"].decode() for row in shm.ports]
     now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-    found = [_dropped(row, names, now) for row in rows]
+    found = [_dropped(row, names, now) for row in _drops(shm, limit)]
     found += [_passed(row) for row in connections(shm, Select(), limit)]
     return sorted(found, key=lambda flow: flow["age_ms"])[:limit]
 
 
+def _drops(shm: Shm, limit: int) -> list[np.void]:
+    """Return the latest distinct drops; each counts all that the rings hold of it."""
+    found: dict[bytes, np.void] = {}
+    for row in events.latest(shm, DROP)[:DROPS_READ]:
+        key = b"".join(row[name].tobytes() for name in _DROP_KEY)
+        known = found.get(key)
+        if known is not None:
+            known["packets"] += row["packets"]
+            known["bytes"] += row["bytes"]
+        elif len(found) < limit:
+            found[key] = row
+    return list(found.values())
+
+
 def _dropped(row: np.void, names: list[str], now: int) -> dict[str, Any]:
-    kind = IPv4Address if row["family"] == 4 else IPv6Address
-    source = kind(int(row["source_hi"]) << 64 | int(row["source_lo"]))
-    target = kind(int(row["destination_hi"]) << 64 | int(row["destination_lo"]))
     protocol = int(row["protocol"])
+    source, target = (
+        _address(int(row["family"]), int(row[f"{end}_hi"]), int(row[f"{end}_lo"]))
+        for end in ("source", "target")
+    )
     return {
-        "source": str(source),
+        "source": source,
         "source_port": int(row["source_port"]),
-        "destination": str(target),
-        "destination_port": int(row["destination_port"]),
-        "protocol": PROTOCOLS.get(protocol, str(protocol)),
+        "destination": target,
+        "destination_port": int(row["target_port"]),
+        "protocol": PROTOCOLS.get(protocol, str(protocol)) if row["family"] else "",
         "verdict": "DROPPED",
         "reason": reason_text(int(row["reason"])),
-        "refusal": int(row["verdict"]),
+        "refusal": int(row["egress_rule"]),
         "source_identity": int(row["source_identity"]),
-        "destination_identity": int(row["destination_identity"]),
-        "ingress": names[int(row["ingress_port"])],
+        "destination_identity": int(row["target_identity"]),
+        "ingress": names[int(row["port"])],
         "packets": int(row["packets"]),
         "bytes": int(row["bytes"]),
-        "age_ms": (now - int(row["last_ns"])) // 1_000_000,
+        "age_ms": (now - int(row["time_ns"])) // 1_000_000,
     }
+
+
+def _address(family: int, hi: int, lo: int) -> str:
+    """Return an address as text; empty for what is no IP packet."""
+    if family == 4:
+        return str(IPv4Address(lo))
+    return str(IPv6Address(hi << 64 | lo)) if family else ""
 
 
 def _passed(row: dict[str, Any]) -> dict[str, Any]:

@@ -171,7 +171,7 @@ TIMEOUTS[: len(STATES)] = [10 + 7 * n for n in range(len(STATES))]
 
 
 def swept(table: Table, tick: int) -> tuple[int, int, int]:
-    rows = (table.t.records, table.t.index, table.k.places, Rows(TIMEOUTS))
+    rows = (table.t.records, table.t.index, table.k.places, table.k.ring, Rows(TIMEOUTS))
     return ageing.sweep(*rows, table.mask, 0, len(table.records), tick)
 
 

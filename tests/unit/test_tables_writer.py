@@ -303,11 +303,12 @@ def test_views_are_plain_data(shm):
     shm.reasons[0, 1, value("REASON_FORWARDED")] = (9, 900)
     shm.reasons[1, 0, value("REASON_TTL_EXCEEDED")] = (2, 200)
     shm.worker_stats[0]["packets"] = 9
-    flow = shm.flows[1, 17]
-    for name, number in (("source_lo", 0x0A090002), ("destination_lo", 0x0A090003), ("family", 4),
-                         ("protocol", 6), ("ingress_port", 3), ("packets", 8),
-                         ("egress_port", CONST["PORTS_MAX"])):  # fmt: skip
+    flow = shm.flow_records[1, 0]
+    for name, number in (("source_lo", 0x0A090002), ("target_lo", 0x0A090003), ("family", 4),
+                         ("protocol", 6), ("port", 3), ("packets", 8),
+                         ("kind", value("EVENT_DROP"))):  # fmt: skip
         flow[name] = number
+    shm.event_rings[1]["head"] = 1
     with Shm.open(shm.folder.parent) as reader:
         port = view.ports(reader)[0]
         assert (port["name"], port["rx_packets"], port["ipv4"]) == ("pst1", 9, "10.9.0.2")

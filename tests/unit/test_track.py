@@ -6,6 +6,7 @@ The twin of test_connect.py says what becomes of random packets; here are the st
 import numpy as np
 import pytest
 
+from dataplane.tables import events
 from tests import records
 from tests import segments as sg
 from tests.naive.packets import Tuple
@@ -238,10 +239,9 @@ def test_a_denied_packet_of_a_known_connection_says_who_is_who(world, agent, way
     for _ in range(2):
         assert send(world, frame).dropped
         world.tally()
-        i = int(world.batch.hash[0]) % CONST["FLOWS_MAX"]
-        flow = world.shm.flows[0][i]
-        assert int(flow["verdict"]) == word(DENY, 9)
-        identities = [int(flow["source_identity"]), int(flow["destination_identity"])]
+        flow = events.latest(world.shm, value("EVENT_DROP"))[0]
+        assert int(flow["egress_rule"]) == word(DENY, 9)
+        identities = [int(flow["source_identity"]), int(flow["target_identity"])]
         assert identities == ([70001, 70002] if way == "original" else [70002, 70001])
 
 
