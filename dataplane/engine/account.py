@@ -15,7 +15,7 @@ import numpy as np
 
 from dataplane.kernels.batch import FLAG_AUDITED, FLAG_NOTED, VERDICT_HOLD, VERDICT_SEND
 from dataplane.kernels.drops import PENDING, WATCH_WORDS, flush_drops, note_drop, sample
-from dataplane.kernels.events import Ring, make_ring
+from dataplane.kernels.events import make_ring
 from dataplane.kernels.house import inline
 from dataplane.kernels.rows import Rows
 from xdp.abi import CONST, DTYPE, value
@@ -40,7 +40,7 @@ class Counters(NamedTuple):
     marks: Rows  # int64[1]: time of the last stage mark, ns
 
 
-def make_counters(reasons, ports, stats, ring: Ring | None = None) -> Counters:
+def make_counters(reasons, ports, stats, ring: Rows | None = None) -> Counters:
     """Return a worker's Counters over its rows of the shared counters (dtypes of xdp/abi.h).
 
     ring: the one that its Tracker has; none: nobody watches.

@@ -87,11 +87,17 @@ def epoch(shm: Shm) -> int:
     return (seen.st_ino * 0x9E3779B1 ^ seen.st_ctime_ns) & 0xFFFFFFFF
 
 
-def latest(shm: Shm, kind: int) -> np.ndarray:
-    """Return all records of a kind that the rings still hold, newest first: flow_record[n]."""
+def latest(shm: Shm, kind: int, most: int) -> np.ndarray:
+    """Return the records of a kind that the rings still hold, newest first: flow_record[n].
+
+    most: of each ring. What else is in the rings is not copied.
+    """
     found = [np.zeros(0, RECORD)]
-    reader = EventReader(shm)
-    while batches := reader.read(PART):
-        found += [batch.records[batch.records["kind"] == kind] for batch in batches]
+    for ring, row in enumerate(shm.flow_records):
+        head = int(shm.event_rings["head"][ring])
+        positions = np.arange(max(0, head - SIZE + 1), head)
+        chosen = positions[row["kind"][positions % SIZE] == kind][-most:]
+        records = row[chosen % SIZE]
+        found.append(records[chosen > int(shm.event_rings["head"][ring]) - SIZE])
     together = np.concatenate(found)
     return together[np.argsort(together["time_ns"], kind="stable")[::-1]]

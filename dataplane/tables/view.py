@@ -18,7 +18,7 @@ from xdp.abi import CONST, ENUM, reason_text, value
 
 DROPS = 130  # reasons from here on are drops
 DROP = value("EVENT_DROP")
-DROPS_READ = 16384  # of the newest
+DROPS_READ = 16384  # of each ring
 _DROP_KEY = (
     "source_hi", "source_lo", "target_hi", "target_lo", "source_port", "target_port", "protocol",
     "family", "reason", "egress_rule", "port",
@@ -120,7 +120,7 @@ def flows(shm: Shm, limit: int = 50) -> list[dict[str, Any]]:
 def _drops(shm: Shm, limit: int) -> list[np.void]:
     """Return the latest distinct drops; each counts all that the rings hold of it."""
     found: dict[bytes, np.void] = {}
-    for row in events.latest(shm, DROP)[:DROPS_READ]:
+    for row in events.latest(shm, DROP, DROPS_READ):
         key = b"".join(row[name].tobytes() for name in _DROP_KEY)
         known = found.get(key)
         if known is not None:

@@ -123,9 +123,11 @@ def test_a_forwarder_that_is_away_leaves_the_counters(shm):
 
 
 def test_the_page_and_what_it_shows(shm):
-    row = shm.flows[0, 0]
-    row["source_lo"], row["destination_lo"] = 0x0A000001, 0x0A000002
+    row = shm.flow_records[0, 0]
+    row["source_lo"], row["target_lo"] = 0x0A000001, 0x0A000002
     row["family"], row["packets"], row["reason"] = 4, 3, value("REASON_POLICY_DENIED")
+    row["kind"] = value("EVENT_DROP")
+    shm.event_rings[0]["head"] = 1
     page, view = asyncio.run(_answers(shm, FACTS, "/", "/view.json"))
     assert page[:2] == (200, "text/html")
     assert "http" not in page[2].replace('"http://www.w3.org/2000/svg"', "")  # nothing from afar

@@ -239,7 +239,7 @@ def test_a_denied_packet_of_a_known_connection_says_who_is_who(world, agent, way
     for _ in range(2):
         assert send(world, frame).dropped
         world.tally()
-        flow = events.latest(world.shm, value("EVENT_DROP"))[0]
+        flow = events.latest(world.shm, value("EVENT_DROP"), 9)[0]
         assert int(flow["egress_rule"]) == word(DENY, 9)
         identities = [int(flow["source_identity"]), int(flow["target_identity"])]
         assert identities == ([70001, 70002] if way == "original" else [70002, 70001])
