@@ -22,7 +22,7 @@ PACKAGES_RUN   := clang llvm gcc libc6-dev libbpf-dev libelf-dev zlib1g-dev linu
 PACKAGES_TEST  := podman containerd runc containernetworking-plugins busybox-static tcpdump nftables \
                   iputils-arping ndisc6 util-linux git shellcheck dnsmasq-base bind9-dnsutils
 PACKAGES_BENCH := dpdk-dev librte-net-af-xdp23 librte-net-af-packet23 nftables dnsperf dnsmasq-base \
-                  libunbound8 libxdp1 libcap-ng0 libnuma1
+                  libunbound8 libxdp1 libcap-ng0 libnuma1 linux-perf
 # Open vSwitch's package would start a service and enable it for ever: it is unpacked, not installed.
 PACKAGES_UNPACKED := openvswitch-switch openvswitch-common
 

@@ -16,7 +16,7 @@
 #ifndef PENSTOCK_ABI_H
 #define PENSTOCK_ABI_H
 
-#define ABI_VERSION 3
+#define ABI_VERSION 4
 
 /* --- limits ------------------------------------------------------------------------------- */
 
@@ -674,7 +674,10 @@ struct worker_stats {
   __u64 stage_ns[16];            /* sums over the sampled steps, by enum stage */
   __u64 free_frames;
   __u64 tid;
-  __u64 reserved[2];
+  __u64 rx_waiting;              /* sums over the sampled steps: packets left in all receive rings */
+  __u64 tx_waiting;              /* and in transmit rings, before this step's */
+  __u64 yields;                  /* system calls while there was nothing to do yet */
+  __u64 reserved[3];
 };
 
 /* --- forwarder -> whoever watches: a ring of events a writer --------------------------------- */

@@ -23,6 +23,7 @@ COMMANDS = {
     "route": ("show", "Routes of the dataplane: list, or get ADDRESS"),
     "port": ("show", "Devices of the dataplane and their counters"),
     "counters": ("show", "Packets by reason; workers and their time by stage"),
+    "profile": ("profile", "Where a packet's time goes: table, JSON, flame graph"),
     "flows": ("show", "Recent flows with verdict"),
     "policy": ("policy", "Network policies: get, why SRC DST PORT, lint"),
     "identity": ("policy", "Identities and their labels"),

@@ -13,6 +13,7 @@ timed stage by stage; the sums are in worker_stats.
 import numpy as np
 
 from dataplane.engine.account import account
+from dataplane.engine.occupancy import received, unsent
 from dataplane.engine.rings import collect, flush, receive, transmit
 from dataplane.kernels.admit import admit
 from dataplane.kernels.answer import answer
@@ -125,6 +126,8 @@ def _step(b, r, t, k, f, x, c, now):
     if sampled:
         c.stats[0].sampled_steps += np.uint64(1)
         c.stats[0].sampled_packets += np.uint64(b.count[0])
+        c.stats[0].rx_waiting += np.uint64(received(r))
+        c.stats[0].tx_waiting += np.uint64(unsent(r))
     b.now_ns[0] = now
     c.marks[0] = now
     _mark(c, RECEIVE, sampled)
@@ -178,6 +181,7 @@ def run(b, r, t, k, f, x, c, control):
         if waiting:
             waiting = flush(r, c.kicks)
         if now - last < control[CONTROL_SPIN_NS] or waiting or f.waiting_count[0]:
+            c.stats[0].yields += np.uint64(1)
             sched_yield()
             continue
         flush_drops(c, now)

@@ -1,8 +1,12 @@
-"""Packets in = forwarded + dropped by reason, to the packet, over runs of the benchmark.
+"""A node under load: its counters balance to the packet, its profile says where the time goes.
 
 The oracles stand outside: the generator counts what it has sent in the client, the sink what has
 arrived in the server, and the harness compares them with the node's own counters.
 """
+
+import json
+import shutil
+import xml.etree.ElementTree as ET
 
 import pytest
 
@@ -75,3 +79,27 @@ def test_what_policy_drops_is_counted_too(penstock):
     assert found.exact, found
     assert trial.arrived == 0
     assert found.reasons["Policy denied"] == trial.sent
+
+
+def test_a_profile_of_a_busy_node(penstock, tmp_path):
+    """Stages, system calls and rings of the window; the flame graph has the kernel's part."""
+    graph = tmp_path / "profile.svg"
+    words = ["profile", "--seconds", "1.5", "-o", "json", "--flame", str(graph)]
+    with driver("frames").open_session(penstock, case(64), {}) as session:
+        session._generator.begin(RATE)
+        try:
+            found = json.loads(penstock.cluster.nodes[0].command(*words))
+        finally:
+            session._generator.end()
+    (row,) = found["workers"]
+    assert row["cpu"] <= 1.05
+    assert found["flow_table"]["packets"] + row["packets"] > 1000, "some of 30 000, however busy"
+    if row["packets"] > 1000:
+        assert row["ns_per_packet"] > 0
+        assert row["system_calls"]["kicks"] > 0
+    assert found["hardware"]["note"] or found["hardware"]["counts"]["cycles"]
+    names = {title.text.split(":")[0] for title in ET.parse(graph).iter() if title.text}
+    assert "worker 0" in names
+    if shutil.which("perf"):
+        assert not found["flame"]["note"], found["flame"]
+        assert found["flame"]["samples"] > 100
