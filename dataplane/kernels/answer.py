@@ -23,6 +23,7 @@ from dataplane.kernels.batch import (
     FLAG_ECHO,
     FLAG_LOCAL,
     FLAG_NOTED,
+    FLAG_OUTSIDE,
     FLAG_RESET,
     KIND_ARP,
     KIND_IP4,
@@ -45,6 +46,7 @@ from dataplane.kernels.house import (
     store64be,
     sum16,
 )
+from dataplane.kernels.nat import node_source
 from dataplane.kernels.parse import drop, flow_hash, is_echo
 from dataplane.kernels.route import lookup
 from dataplane.kernels.tables import BUCKET_DENIED, BUCKET_TIME, BUCKET_TOKENS
@@ -239,6 +241,20 @@ def _quoted(b, i, most):
 
 
 @inline
+def _error_source(b, t, i):
+    """Address that an error about packet i comes from; 0: none.
+
+    The router's that pods know; to who is outside, where nobody routes to that one, the node's.
+    """
+    four = b.kind[i] == KIND_IP4
+    if b.flags[i] & FLAG_OUTSIDE:
+        return node_source(t, four)
+    if four:
+        return ZERO, t.node[0].router4
+    return t.node[0].router6_hi, t.node[0].router6_lo
+
+
+@inline
 def _error4(b, t, i):
     quoted = _quoted(b, i, QUOTED4_MOST)
     at = b.address[i] + b.l3[i] - wire.ICMP_LENGTH - wire.IP4_LENGTH
@@ -249,16 +265,16 @@ def _error4(b, t, i):
     store32be(icmp + wire.ICMP_REST, b.answer_value[i] & 0xFFFF)
     check = fold16(sum16(icmp, wire.ICMP_LENGTH + quoted))
     store16be(icmp + wire.ICMP_CHECKSUM, ~check & 0xFFFF)
-    router = np.int64(t.node[0].router4)
+    _, own = _error_source(b, t, i)
     store16be(at, (0x45 << 8) | TOS_CONTROL)
     store16be(at + wire.IP4_TOTAL, total)
     store32be(at + wire.IP4_ID, wire.IP4_DF)  # atomic: its identification means nothing, RFC 6864
     store16be(at + wire.IP4_TTL, (TTL << 8) | wire.ICMP)
     store16be(at + wire.IP4_CHECKSUM, 0)
-    store32be(at + wire.IP4_SOURCE, router)
+    store32be(at + wire.IP4_SOURCE, np.int64(own))
     store32be(at + wire.IP4_TARGET, np.int64(b.source_lo[i]))
     store16be(at + wire.IP4_CHECKSUM, ~fold16(sum16(at, wire.IP4_LENGTH)) & 0xFFFF)
-    _settle_error(b, t, i, at, total, wire.ICMP, ZERO, np.uint64(router))
+    _settle_error(b, t, i, at, total, wire.ICMP, ZERO, own)
 
 
 @inline
@@ -267,14 +283,13 @@ def _error6(b, t, i):
     at = b.address[i] + b.l3[i] - wire.ICMP_LENGTH - wire.IP6_LENGTH
     size = wire.ICMP_LENGTH + quoted
     icmp = at + wire.IP6_LENGTH
-    router_hi = t.node[0].router6_hi
-    router_lo = t.node[0].router6_lo
+    own_hi, own_lo = _error_source(b, t, i)
     store32be(at, (6 << 28) | (TOS_CONTROL << 20))
     store16be(at + wire.IP6_PAYLOAD, size)
     store8(at + wire.IP6_NEXT, wire.ICMP6)
     store8(at + wire.IP6_HOPS, TTL)
-    store64be(at + wire.IP6_SOURCE, router_hi)
-    store64be(at + wire.IP6_SOURCE + 8, router_lo)
+    store64be(at + wire.IP6_SOURCE, own_hi)
+    store64be(at + wire.IP6_SOURCE + 8, own_lo)
     store64be(at + wire.IP6_TARGET, b.source_hi[i])
     store64be(at + wire.IP6_TARGET + 8, b.source_lo[i])
     store16be(icmp, (b.answer_type[i] << 8) | b.answer_code[i])
@@ -282,11 +297,11 @@ def _error6(b, t, i):
     store32be(icmp + wire.ICMP_REST, b.answer_value[i])
     check = fold16(_pseudo6(at, size, wire.ICMP6) + sum16(icmp, size))
     store16be(icmp + wire.ICMP_CHECKSUM, ~check & 0xFFFF)
-    _settle_error(b, t, i, at, wire.IP6_LENGTH + size, wire.ICMP6, router_hi, router_lo)
+    _settle_error(b, t, i, at, wire.IP6_LENGTH + size, wire.ICMP6, own_hi, own_lo)
 
 
 @inline
-def _settle_error(b, t, i, at, size, protocol, router_hi, router_lo):
+def _settle_error(b, t, i, at, size, protocol, own_hi, own_lo):
     """Columns of the ICMP error, or reset, whose IP header stands at `at`."""
     b.address[i] = at - wire.ETHER_LENGTH
     b.l3[i] = wire.ETHER_LENGTH
@@ -299,7 +314,7 @@ def _settle_error(b, t, i, at, size, protocol, router_hi, router_lo):
     b.tos[i] = TOS_CONTROL
     b.source_port[i] = 0
     b.target_port[i] = 0
-    _return_to_source(b, t, i, router_hi, router_lo)
+    _return_to_source(b, t, i, own_hi, own_lo)
 
 
 @inline
@@ -366,16 +381,14 @@ def _header6(at, source_hi, source_lo, target_hi, target_lo):
 
 @inline
 def _answer_error(b, t, c, i):
-    node = t.node[0]
-    four = b.kind[i] == KIND_IP4
-    named = node.router4 != ZERO if four else (node.router6_hi | node.router6_lo) != ZERO
-    if not named:
+    hi, lo = _error_source(b, t, i)
+    if hi | lo == ZERO:
         drop(b, i, b.reason[i])
     elif not _token(b, t):
         drop(b, i, RATE_LIMITED)
     else:
         note_drop(b, t, c, i)
-        if four:
+        if b.kind[i] == KIND_IP4:
             _error4(b, t, i)
         else:
             _error6(b, t, i)

@@ -20,7 +20,6 @@ from dataplane.kernels.batch import (
     FLAG_NAT,
     FLAG_OUTSIDE,
     FLAG_RELATED,
-    KIND_IP4,
     WAY_ORIGINAL,
 )
 from dataplane.kernels.connections import (
@@ -47,12 +46,19 @@ from dataplane.kernels.connections import (
 )
 from dataplane.kernels.events import begin
 from dataplane.kernels.house import inline, kernel, load8, load32, load64, swap32
-from dataplane.kernels.nat import NO_PORT, note_exhausted, take_port
-from dataplane.kernels.parse import drop, is_echo, mix, tuple_word
-from dataplane.kernels.refuse import deny, reject, served
+from dataplane.kernels.nat import (
+    NAT_SOURCE,
+    NO_PORT,
+    PORT_TAKEN,
+    new_source,
+    note_exhausted,
+    take_port,
+)
+from dataplane.kernels.parse import drop, is_echo, is_reply, mix, tuple_word
+from dataplane.kernels.refuse import deny, prohibit, reject, served
 from dataplane.kernels.rejudge import judge_again
 from dataplane.kernels.related import find_related
-from dataplane.kernels.route import lookup, peer_of
+from dataplane.kernels.route import lookup
 from dataplane.kernels.service import choose, find_frontend, may_come
 from dataplane.kernels.states import first_state
 from dataplane.kernels.track import count, is_new, settle, translated
@@ -75,14 +81,10 @@ IS_CLUSTER_IP = value("REASON_IS_CLUSTER_IP")
 SOURCE_RANGE = value("REASON_SOURCE_RANGE")
 
 NODE_REJECT = CONST["NODE_REJECT"]
-PEER_KEEP_SOURCE = CONST["PEER_KEEP_SOURCE"]
 SERVICE_CLUSTER_IP = CONST["SERVICE_CLUSTER_IP"]
-NAT_SOURCE = CONST["CONNECTION_FLAG_NAT_SOURCE"]
 NAT_TARGET = CONST["CONNECTION_FLAG_NAT_TARGET"]
 DENIED = CONST["CONNECTION_FLAG_DENIED"]
 AUDITED = CONST["CONNECTION_FLAG_AUDITED"]
-PORT_TAKEN = CONST["CONNECTION_FLAG_PORT_TAKEN"]
-HAIRPIN = CONST["CONNECTION_FLAG_HAIRPIN"]
 OUTSIDE = CONST["CONNECTION_FLAG_OUTSIDE"]
 
 REFUSAL, REASON = offset("refusal"), offset("reason")
@@ -151,48 +153,6 @@ def _l4(b, i, port):
 
 
 @inline
-def _node_source(t, four):
-    """The node's own address as a source: as configured for masquerading, else the router's."""
-    node = t.node[0]
-    if four:
-        return ZERO, node.masquerade4 if node.masquerade4 != ZERO else node.router4
-    if node.masquerade6_hi != ZERO or node.masquerade6_lo != ZERO:
-        return node.masquerade6_hi, node.masquerade6_lo
-    return node.router6_hi, node.router6_lo
-
-
-@inline
-def _source(b, t, i, service, adjacency):
-    """How the source of a new connection changes: (flags, hi, lo); flags 0: not at all.
-
-    PORT_TAKEN among the flags: the address is the node's own. The target is the backend by now.
-    """
-    node = t.node[0]
-    row = t.adjacencies[adjacency]
-    kind = t.ports[b.ingress[i]].kind
-    four = b.kind[i] == KIND_IP4
-    leaves = row.kind == ADJACENCY_NEXTHOP
-    if service:
-        back_to_pod = row.kind == ADJACENCY_POD and row.port == b.ingress[i]
-        here = row.kind == ADJACENCY_HOST or row.kind == ADJACENCY_GATEWAY
-        # The node's stack would answer a client outside past us; not so the loopback address.
-        if back_to_pod or (here and (kind == PORT_HOST or b.flags[i] & FLAG_OUTSIDE)):
-            if four:
-                return NAT_SOURCE | HAIRPIN, ZERO, node.loopback4
-            return NAT_SOURCE | HAIRPIN, node.loopback6_hi, node.loopback6_lo
-        if kind == PORT_UPLINK and (leaves or row.kind == ADJACENCY_TUNNEL):
-            hi, lo = _node_source(t, four)  # so that replies come back this way
-            return NAT_SOURCE | PORT_TAKEN, hi, lo
-    if leaves and (kind == PORT_POD or (service and kind == PORT_HOST)):
-        peer = t.peers[peer_of(t, b.kind[i], b.target_hi[i], b.target_lo[i])]
-        wanted = node.masquerade4 if four else node.masquerade6_hi | node.masquerade6_lo
-        if wanted != ZERO and not peer.flags & PEER_KEEP_SOURCE:
-            hi, lo = _node_source(t, four)
-            return NAT_SOURCE | PORT_TAKEN, hi, lo
-    return 0, b.source_hi[i], b.source_lo[i]
-
-
-@inline
 def _write(t, k, record, b, i, flags, hi, lo, target_hi, target_lo, own_port, port, verdict):
     """Fill a CLAIMED record. target_*: as received; hi, lo, own_port: the source on its way out."""
     c = t.connections[record]
@@ -235,6 +195,9 @@ def _has_way(b, t, i, service, adjacency):
 def _create(b, t, k, i):
     """Decide about the first packet of a connection, and make its record."""
     target_hi, target_lo = b.target_hi[i], b.target_lo[i]
+    if is_reply(b, i):
+        _unasked(b, t, i)
+        return
     service, backend, port = _to_service(b, t, k, i)
     if service < 0:
         return
@@ -256,15 +219,16 @@ def _create(b, t, k, i):
         return
     if not _has_way(b, t, i, service, adjacency):
         return  # `judge` says why; nothing is remembered of what goes nowhere
-    flags, hi, lo = _source(b, t, i, service, adjacency)
+    flags, hi, lo = new_source(b, t, i, service, adjacency)
     own = take_port(
         t, k, b.kind[i], b.protocol[i], hi, lo, b.target_hi[i], b.target_lo[i], port,
         b.source_port[i], (flags & PORT_TAKEN) != 0, b.hashes[i],
     )  # fmt: skip
     if own < 0:
-        drop(b, i, NO_NAT_MAPPING if own == NO_PORT else NAT_UNSUPPORTED)
         if own == NO_PORT:
             note_exhausted(k, b.target_hi[i], b.target_lo[i], port, b.protocol[i], b.now_ns[0])
+        b.target_hi[i], b.target_lo[i] = target_hi, target_lo
+        prohibit(b, i, NO_NAT_MAPPING if own == NO_PORT else NAT_UNSUPPORTED)  # RFC 5508 REQ-8
         return
     if own != b.source_port[i]:
         flags |= NAT_SOURCE
@@ -342,15 +306,21 @@ def _first(b, t, k, i, number):
 
 
 @inline
+def _unasked(b, t, i):
+    """What belongs to no connection and opens none is the node's own, or dropped."""
+    if b.flags[i] & FLAG_OUTSIDE:
+        adjacency = lookup(t, b.kind[i], b.target_hi[i], b.target_lo[i])
+        if t.adjacencies[adjacency].kind == ADJACENCY_HOST:
+            return
+    drop(b, i, CT_INVALID)
+
+
+@inline
 def _relate(b, t, k, i):
     """Let an ICMP error pass with the connection that it is about, or drop it."""
     found = find_related(b, t, k, i)
     if found < 0:
-        if b.flags[i] & FLAG_OUTSIDE:
-            adjacency = lookup(t, b.kind[i], b.target_hi[i], b.target_lo[i])
-            if t.adjacencies[adjacency].kind == ADJACENCY_HOST:
-                return
-        drop(b, i, CT_INVALID)
+        _unasked(b, t, i)
         return
     number, way = found >> 1, found & 1
     record = t.connections.address + number * RECORD

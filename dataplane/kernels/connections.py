@@ -130,8 +130,9 @@ def make_tracker(
     """
     words = np.zeros(WORDS, np.int64)
     part = records // workers
-    words[FIRST], words[MOST] = part * worker, part
-    words[LIMIT] = min(LIMIT_LEAST, part)
+    words[FIRST] = part * worker
+    words[MOST] = part if worker < workers - 1 else records - part * worker
+    words[LIMIT] = min(LIMIT_LEAST, int(words[MOST]))
     words[MASK] = records * 4 // WAYS - 1
     words[WORKERS] = workers
     counters[0]["limit"] = words[LIMIT]

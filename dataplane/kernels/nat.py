@@ -14,16 +14,72 @@ node.
 import numpy as np
 
 from dataplane.kernels import wire
+from dataplane.kernels.batch import FLAG_OUTSIDE, KIND_IP4
 from dataplane.kernels.connections import MASK, find, port_row
 from dataplane.kernels.house import inline
 from dataplane.kernels.parse import mix, tuple_word
-from xdp.abi import CONST
+from dataplane.kernels.route import peer_of
+from xdp.abi import CONST, value
+
+PORT_POD, PORT_HOST, PORT_UPLINK = (value(f"PORT_{name}") for name in ("POD", "HOST", "UPLINK"))
+ADJACENCY_POD = value("ADJACENCY_POD")
+ADJACENCY_HOST = value("ADJACENCY_HOST")
+ADJACENCY_GATEWAY = value("ADJACENCY_GATEWAY")
+ADJACENCY_NEXTHOP = value("ADJACENCY_NEXTHOP")
+ADJACENCY_TUNNEL = value("ADJACENCY_TUNNEL")
+PEER_KEEP_SOURCE = CONST["PEER_KEEP_SOURCE"]
+NAT_SOURCE = CONST["CONNECTION_FLAG_NAT_SOURCE"]
+PORT_TAKEN = CONST["CONNECTION_FLAG_PORT_TAKEN"]
+HAIRPIN = CONST["CONNECTION_FLAG_HAIRPIN"]
+ZERO = np.uint64(0)
 
 TRIES = 256
 ANY_FIRST, ANY_COUNT = 1024, 64512  # where the address is not the node's own
 EXHAUSTED_MASK = np.uint64(CONST["EXHAUSTED_MAX"] - 1)
 NO_PORT = -1
 UNSUPPORTED = -2
+
+
+@inline
+def node_source(t, four):
+    """The node's own address as a source: as configured for masquerading, else the router's."""
+    node = t.node[0]
+    if four:
+        return ZERO, node.masquerade4 if node.masquerade4 != ZERO else node.router4
+    if node.masquerade6_hi != ZERO or node.masquerade6_lo != ZERO:
+        return node.masquerade6_hi, node.masquerade6_lo
+    return node.router6_hi, node.router6_lo
+
+
+@inline
+def new_source(b, t, i, service, adjacency):
+    """How the source of a new connection changes: (flags, hi, lo); flags 0: not at all.
+
+    PORT_TAKEN among the flags: the address is the node's own. The target is the backend by now.
+    """
+    node = t.node[0]
+    row = t.adjacencies[adjacency]
+    kind = t.ports[b.ingress[i]].kind
+    four = b.kind[i] == KIND_IP4
+    leaves = row.kind == ADJACENCY_NEXTHOP
+    if service:
+        back_to_pod = row.kind == ADJACENCY_POD and row.port == b.ingress[i]
+        here = row.kind == ADJACENCY_HOST or row.kind == ADJACENCY_GATEWAY
+        # The node's stack would answer a client outside past us; not so the loopback address.
+        if back_to_pod or (here and (kind == PORT_HOST or b.flags[i] & FLAG_OUTSIDE)):
+            if four:
+                return NAT_SOURCE | HAIRPIN, ZERO, node.loopback4
+            return NAT_SOURCE | HAIRPIN, node.loopback6_hi, node.loopback6_lo
+        if kind == PORT_UPLINK and (leaves or row.kind == ADJACENCY_TUNNEL):
+            hi, lo = node_source(t, four)  # so that replies come back this way
+            return NAT_SOURCE | PORT_TAKEN, hi, lo
+    if leaves and (kind == PORT_POD or (service and kind == PORT_HOST)):
+        peer = t.peers[peer_of(t, b.kind[i], b.target_hi[i], b.target_lo[i])]
+        wanted = node.masquerade4 if four else node.masquerade6_hi | node.masquerade6_lo
+        if wanted != ZERO and not peer.flags & PEER_KEEP_SOURCE:
+            hi, lo = node_source(t, four)
+            return NAT_SOURCE | PORT_TAKEN, hi, lo
+    return 0, b.source_hi[i], b.source_lo[i]
 
 
 @inline

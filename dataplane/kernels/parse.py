@@ -144,6 +144,19 @@ def is_echo(b, i):
 
 
 @inline
+def is_reply(b, i):
+    """True for the reply to an ICMP or ICMPv6 query; its identifier is its target port."""
+    if b.protocol[i] != wire.ICMP and b.protocol[i] != wire.ICMP6:
+        return False
+    if b.target_port[i] or b.flags[i] & FLAG_LATER_FRAGMENT:
+        return b.target_port[i] != 0
+    kind = load8(b.address[i] + b.l4[i])
+    if b.protocol[i] == wire.ICMP6:
+        return kind == wire.ICMP6_ECHO_REPLY
+    return kind == wire.ICMP_ECHO_REPLY or kind == 14 or kind == 16 or kind == 18
+
+
+@inline
 def _icmp(b, i, at, protocol):
     """Ports word of ICMP or ICMPv6; flags errors."""
     kind = load8(at)

@@ -77,10 +77,16 @@ def deny(b, i, reason, word):
     elif how == REFUSAL_RESET and b.protocol[i] == wire.TCP:
         _reset(b, i, reason)
     else:
-        refuse(
-            b, i, reason,
-            wire.ICMP_UNREACHABLE, PROHIBITED4, wire.ICMP6_UNREACHABLE, PROHIBITED6, 0,
-        )  # fmt: skip
+        prohibit(b, i, reason)
+
+
+@inline
+def prohibit(b, i, reason):
+    """Refuse packet i with "administratively prohibited"."""
+    refuse(
+        b, i, reason,
+        wire.ICMP_UNREACHABLE, PROHIBITED4, wire.ICMP6_UNREACHABLE, PROHIBITED6, 0,
+    )  # fmt: skip
 
 
 @inline

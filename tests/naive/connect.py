@@ -22,6 +22,7 @@ from xdp.abi import CONST
 TICK = 1 << CONST["TICK_SHIFT"]
 TRIES = 256
 WITH_PORTS = (6, 17, 132, 1, 58)
+REPLIES = {1: (0, 14, 16, 18), 58: (129,)}  # ICMP types that answer a query
 REJECT, KEEP_SOURCE = CONST["NODE_REJECT"], CONST["PEER_KEEP_SOURCE"]
 CLUSTER_IP, ADDRESS = CONST["SERVICE_CLUSTER_IP"], CONST["SERVICE_ADDRESS"]
 
@@ -174,8 +175,15 @@ class Stage:
 
     # --- new ones ---------------------------------------------------------------------------------
 
+    def _unasked(self, packet: Packet) -> Outcome:
+        kind, _ = self.route(packet.tuple.target)
+        own = packet.outside and kind == "host"
+        return Outcome(ends=packet.tuple) if own else Outcome("CT_INVALID")
+
     def _create(self, packet: Packet) -> Outcome:
         t = packet.tuple
+        if packet.mark in REPLIES.get(t.protocol, ()):
+            return self._unasked(packet)
         number, service = self._front(packet)
         backend = None
         if service is not None:
@@ -200,7 +208,7 @@ class Stage:
         source, flags = self._source(packet, bool(service), kind, egress, target)
         own = self._port(t, source, target, port, "PORT_TAKEN" in flags)
         if isinstance(own, str):
-            return Outcome(own)
+            return Outcome(own, self._may_answer(packet, False))
         if own != t.source_port:
             flags.add("NAT_SOURCE")
         flags |= {"NAT_TARGET"} if service else set()
@@ -316,9 +324,7 @@ class Stage:
         hit = self.known.get(packet.quoted.back()) if packet.quoted else None
         invalid = Outcome("CT_INVALID")
         if hit is None:
-            kind, _ = self.route(packet.tuple.target)
-            own = packet.outside and kind == "host"
-            return Outcome(ends=packet.tuple) if own else invalid
+            return self._unasked(packet)
         connection, way = hit
         mine = connection.sides[way]
         if packet.tuple.target != mine.target:

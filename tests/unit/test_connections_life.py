@@ -154,13 +154,15 @@ def test_a_full_table_refuses_only_where_nobody_can_go():
     assert refused < 100
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
 def test_workers_take_from_their_own_part(workers):
+    """The parts are the table: no record is nobody's, or it would never be swept."""
     table = Table(workers=workers)
     part = RECORDS // workers
     for n, tracker in enumerate(table.trackers):
-        numbers = [table.make(1000 * n + m, k=tracker) for m in range(part)]
-        assert sorted(numbers) == list(range(n * part, (n + 1) * part))
+        end = (n + 1) * part if n < workers - 1 else RECORDS
+        numbers = [table.make(1000 * n + m, k=tracker) for m in range(end - n * part)]
+        assert sorted(numbers) == list(range(n * part, end))
     assert table.words() == 2 * RECORDS
 
 

@@ -25,13 +25,12 @@ from tests.places import (
     A,
     B,
     inside,
-    is_drop,
     send,
 )
 from tests.segments import ACK, SYN
 from tests.setting import Agent, Backend, Service, Setting
 from tests.worlds import HOST, POD_A, POD_B, SECOND, UPLINK
-from xdp.abi import CONST
+from xdp.abi import CONST, value
 
 BY_FAMILY = pytest.mark.parametrize("f", FAMILIES)
 FIRST, COUNT = 50000, 8
@@ -67,6 +66,13 @@ def left(result) -> sg.Ends:
     return sg.ends(packet.src, ports[0], packet.dst, ports[1])
 
 
+def is_prohibited(result, name: str) -> bool:
+    """Whether a packet was refused for a reason, and its sender told (RFC 5508 REQ-8)."""
+    icmp = inside(result).payload.payload
+    told = (icmp.type, icmp.code) in ((3, 13), (1, 1))
+    return told and result.reason == value(f"REASON_{name}")
+
+
 MAKERS = {sg.TCP: sg.tcp, sg.UDP: sg.udp, sg.SCTP: sg.sctp, sg.ICMP: sg.echo}
 
 
@@ -99,7 +105,7 @@ def test_without_masquerading_pods_keep_their_address(told, f):
 @BY_FAMILY
 def test_what_has_no_ports_cannot_be_masqueraded(told, f):
     world = told()
-    assert is_drop(send(world, sg.gre(sg.Ends(A[f], 0, OUT[f], 0))), "NAT_UNSUPPORTED")
+    assert is_prohibited(send(world, sg.gre(sg.Ends(A[f], 0, OUT[f], 0))), "NAT_UNSUPPORTED")
     assert send(world, sg.gre(sg.Ends(A[f], 0, OUT_KEPT[f], 0))).egress == UPLINK
     assert send(world, sg.gre(sg.Ends(A[f], 0, B[f], 0))).egress == POD_B
 
@@ -169,7 +175,7 @@ def test_a_destination_whose_ports_ran_out_is_named(told, f, protocol):
     for n in range(COUNT):
         assert out(world, protocol, A[f], n, OUT[f], 80).sent
     for _ in range(3):
-        assert is_drop(out(world, protocol, A[f], 999, OUT[f], 80), "NO_NAT_MAPPING")
+        assert is_prohibited(out(world, protocol, A[f], 999, OUT[f], 80), "NO_NAT_MAPPING")
     assert out(world, protocol, A[f], 999, OUT[f] + 1, 80).sent
     assert int(world.tracker.counters[0]["nat_exhausted"]) == 3
     (row,) = world.shm.exhausted[0][world.shm.exhausted[0]["count"] > 0]
@@ -203,7 +209,7 @@ def test_without_a_range_ports_are_kept_or_there_are_none(told, f):
     """struct node: nat_count 0: only ports that are kept."""
     world = told(nat=(FIRST, 0))
     assert left(out(world, sg.UDP, A[f], 1000, OUT[f], 53)) == sg.Ends(NODE[f], 1000, OUT[f], 53)
-    assert is_drop(out(world, sg.UDP, B[f], 1000, OUT[f], 53), "NO_NAT_MAPPING")
+    assert is_prohibited(out(world, sg.UDP, B[f], 1000, OUT[f], 53), "NO_NAT_MAPPING")
     assert out(world, sg.UDP, B[f], 1000, OUT[f] + 1, 53).sent
 
 

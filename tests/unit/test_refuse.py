@@ -174,6 +174,22 @@ def test_port_unreachable(stage, f, vip):
 
 
 @BY_FAMILY
+@pytest.mark.parametrize("masquerade", [True, False])
+def test_a_client_outside_hears_from_the_nodes_own_address(stage, f, masquerade):
+    """RFC 5508 REQ-5c: nobody outside has a way to the router's, which is a pod network's."""
+    world, agent = stage
+    agent.write(Setting(services=SERVICES, peers=PEERS, masquerade=masquerade))
+    world.forget()
+    frame = sg.udp(sg.Ends(OUT[f], 1000, VIPS[f][4], 53))
+    result = world.one(UPLINK, frame)
+    assert (result.reason, result.egress) == (value("REASON_NO_BACKEND"), UPLINK)
+    got = inside(result).payload
+    assert (got.src, got.dst) == (str(NODE[f] if masquerade else ROUTER[f]), str(OUT[f]))
+    assert raw(got.payload)[8:] == frame[14:]
+    assert right(got)
+
+
+@BY_FAMILY
 @pytest.mark.parametrize("answer", ["DROP", "ICMP", "RESET"])
 @pytest.mark.parametrize("what", ["later", "multicast", "broadcast", "error"])
 def test_never_in_answer_to(stage, f, answer, what):

@@ -30,7 +30,7 @@ from tests.places import (
 )
 from tests.segments import ACK, FIN, RST, SYN
 from tests.setting import ALLOW, DENY, Agent, Backend, Entry, Policy, Service, Setting, word
-from tests.worlds import POD_A, POD_B, SECOND, UPLINK
+from tests.worlds import HOST, POD_A, POD_B, SECOND, UPLINK
 from xdp.abi import CONST, value
 
 BY_FAMILY = pytest.mark.parametrize("f", FAMILIES)
@@ -116,6 +116,34 @@ def test_what_has_no_way_is_not_remembered(world, f):
         assert result.egress == POD_A  # it is told so
     assert is_drop(send(world, sg.udp(sg.Ends(OUT[f], 1, OUT[f] + 1, 53))), "UNROUTABLE")
     assert is_drop(send(world, sg.udp(sg.Ends(OUT[f], 1, FAR[f], 53))), "UNROUTABLE")
+    assert not records.live(world)
+
+
+@BY_FAMILY
+@pytest.mark.parametrize("port", [1000, 0])
+def test_a_reply_that_nobody_asked_for_opens_nothing(world, f, port):
+    """An echo reply is no query: it is dropped, from whom and to whom it may be."""
+    ways = (
+        (POD_A, A, B),
+        (POD_A, A, OUT),
+        (POD_A, A, VIPS[f][1]),
+        (UPLINK, OUT, A),
+        (HOST, NODE, A),
+    )
+    for here, source, target in ways:
+        ends = (place[f] if isinstance(place, dict) else place for place in (source, target))
+        e = sg.Ends(next(ends), 0, next(ends), port)
+        assert is_drop(world.one(here, sg.echo(e, reply=True)), "CT_INVALID")
+    assert not records.live(world)
+    e = sg.Ends(A[f], port, B[f], 0)
+    assert world.one(POD_A, sg.echo(e)).egress == POD_B
+    assert world.one(POD_B, sg.echo(e.back(), reply=True)).egress == POD_A
+
+
+@BY_FAMILY
+def test_replies_from_outside_to_the_node_are_the_nodes(world, f):
+    e = sg.Ends(NODE[f], 1000, OUT[f], 0)
+    assert world.one(UPLINK, sg.echo(e.back(), reply=True)).egress == HOST
     assert not records.live(world)
 
 
