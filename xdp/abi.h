@@ -313,10 +313,10 @@ struct steering {
   struct steer_prefix prefix6[16];
   __u8 nat6[16];                 /* addresses that connections are masqueraded with; 0: none */
   __u32 nat4_be;
-  __u32 reserved1;
-  __u64 flow_seed;               /* of the flow table's hash: nobody outside can make collisions */
   __u32 flow_mask;               /* buckets - 1 */
-  __u32 flow_generation;         /* entries of another one are stale; 0: the table is off */
+  __u64 flow_seed;               /* of the flow table's hash: nobody outside can make collisions */
+  __u32 flow_generation;         /* incremented by the forwarder; 0: the table is off */
+  __u32 flow_tables;             /* incremented by the agent; an entry is stale unless it has the sum */
   __u32 flow_vni;                /* VNI that tunnel packets must have */
   __u8 flow_any_vni;             /* where it carries an identity, any will do */
   __u8 flow_tunnel;              /* enum tunnel_kind */
@@ -475,7 +475,9 @@ struct control {
   __u64 ports_generation;        /* incremented after every change of the ports */
   __u64 judgement;               /* incremented when live connections are to be judged again */
   __u64 frontends_generation;    /* incremented after every change of what uplinks steer to services */
-  __u64 reserved[4];
+  __u32 steering_map;            /* the forwarder's: id of the BPF map that XDP has `steering` in */
+  __u32 reserved0;
+  __u64 reserved1[3];
 };
 
 /* What an address is: value of the longest prefix in the ipcache. Row 0: not known. */

@@ -58,6 +58,21 @@ ffi.cdef(
     int bpf_map_delete_elem(int fd, const void *key);
     int bpf_map_get_next_key(int fd, const void *key, void *next_key);
 
+    int bpf_map_get_fd_by_id(uint32_t id);
+    struct bpf_map_info {
+      uint32_t type;
+      uint32_t id;
+      uint32_t key_size;
+      uint32_t value_size;
+      uint32_t max_entries;
+      uint32_t map_flags;
+      char name[16];
+      uint8_t rest[64];
+    };
+    int bpf_obj_get_info_by_fd(int fd, void *info, uint32_t *length);
+
+    int bpf_link_detach(int link_fd);
+    int bpf_link_update(int link_fd, int prog_fd, const void *opts);
     struct bpf_link_create_opts { size_t sz; uint32_t flags; uint8_t rest[64]; };
     int bpf_link_create(int prog_fd, int target_fd, int attach_type, const void *opts);
 

@@ -43,8 +43,22 @@ class Link:
         self.ifindex = ifindex
         self.native = native
 
+    def replace(self, program: Program) -> None:
+        """Put a program in the place of what is attached, in one step. Raises KernelError.
+
+        ENOLINK: the device of the link is gone.
+        """
+        code = lib.bpf_link_update(self.fd, program.fd, ffi.NULL)
+        if code < 0:
+            raise _refusal("bpf_link_update", program, self.ifindex, code)
+
+    def detach(self) -> None:
+        """Detach whoever else holds the link, and close it."""
+        lib.bpf_link_detach(self.fd)
+        self.close()
+
     def close(self) -> None:
-        """Detach; twice is fine."""
+        """Detach, unless somebody else holds the link as well; twice is fine."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

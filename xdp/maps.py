@@ -11,14 +11,32 @@ is mapped once and read and written as numpy: no system call, and the program se
 import errno
 import mmap
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from xdp.errors import KernelError
-from xdp.libbpf import ffi, lib
+from xdp.libbpf import ffi, lib, text
 
 Entry = bytes | int | np.integer | np.void
 PER_CPU_TYPES = {5, 6, 10, 21}  # BPF_MAP_TYPE_{,LRU_}PERCPU_HASH, _ARRAY, _CGROUP_STORAGE
+
+
+def open_by_id(number: int) -> int:
+    """Return a new file descriptor of the map with the kernel's number. Raises KernelError."""
+    fd = lib.bpf_map_get_fd_by_id(number)
+    if fd < 0:
+        raise KernelError(f"opening map {number}", fd)
+    return fd
+
+
+def _info(fd: int) -> Any:
+    info, length = ffi.new("struct bpf_map_info *"), ffi.new("uint32_t *")
+    length[0] = ffi.sizeof("struct bpf_map_info")
+    code = lib.bpf_obj_get_info_by_fd(fd, info, length)
+    if code < 0:
+        raise KernelError(f"asking what map fd {fd} is", code)
+    return info
 
 
 class Map:
@@ -34,6 +52,17 @@ class Map:
         self.value_size = value_size
         self.max_entries = entries
         self.per_cpu = kind in PER_CPU_TYPES
+
+    @classmethod
+    def taken(cls, fd: int) -> "Map":
+        """Return the map of a file descriptor, which stays the caller's. Raises KernelError."""
+        info = _info(fd)
+        return cls(text(info.name), fd, info.key_size, info.value_size, info.max_entries, info.type)
+
+    @property
+    def id(self) -> int:
+        """The kernel's number of the map. Raises KernelError."""
+        return int(_info(self.fd).id)
 
     def _bytes(self, value: Entry, size: int, what: str) -> bytes:
         if isinstance(value, int | np.integer):

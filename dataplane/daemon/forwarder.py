@@ -31,6 +31,7 @@ from dataplane.tables.connection_view import NUMBERS, Select
 from dataplane.tables.shm import Shm
 from xdp import artifacts
 from xdp.abi import CONST, DTYPE
+from xdp.handover import Handover
 from xdp.object import BpfObject, ObjectSpec
 from xdp.umem import Umem
 
@@ -44,22 +45,32 @@ log = get_logger("forwarder")
 class Forwarder:
     """Workers, sockets and programs over the tables of one node."""
 
-    def __init__(self, shm: Shm, run_dir: Path) -> None:
-        """Reserve frames, load the programs, start the workers. Raises XdpError."""
+    def __init__(self, shm: Shm, run_dir: Path, handover: Handover) -> None:
+        """Reserve frames, load the programs, start the workers. Raises XdpError.
+
+        handover: what a predecessor has left, and where to leave it.
+        """
         node = shm.node[0]
         count = max(1, int(node["workers"]))
         frame_count = int(node["frame_count"]) or 16384
         self.shm = shm
         self.umem = Umem(frame_count)
+        self.handover = handover
         slots = int(node["flow_slots"])
-        self.bpf = BpfObject(
-            ObjectSpec.load(artifacts.find("penstock.bpf.o")), flowtable.sizes(slots)
-        )
+        taken = flowtable.taken(handover.kept, slots)
+        spec = ObjectSpec.load(artifacts.find("penstock.bpf.o"))
+        self.bpf = BpfObject(spec, flowtable.sizes(slots), taken)
         row = self.bpf.maps["steering"].mmap(DTYPE["steering"])
         self.steering = Steering(row, run_dir / "shm" / FILE, int(node["watchdog_ms"]))
         shm.worker_stats[:] = 0
         self.table = flowtable.FlowTable(shm, self.bpf, row)
-        self.table.start(slots > 0)
+        if taken:
+            self.table.take_up(Conntrack.size(shm))
+        else:
+            self.table.start(slots > 0)
+        shm.control["steering_map"] = self.bpf.maps["steering"].id
+        for name in flowtable.MAPS:
+            handover.keep(name, self.bpf.maps[name].fd)
         nat_ports = self.bpf.maps["nat_ports"].mmap(np.dtype("<u8")).view("<u4")
         self.conntrack = Conntrack(shm, nat_ports, count, self.table.flows)
         bases = np.arange(frame_count, dtype=np.int64) * CONST["FRAME_STRIDE"]
@@ -81,7 +92,7 @@ class Forwarder:
             worker.start()
         for worker in self.workers:  # the first answer of a cold start comes after compiling
             worker.call(lambda: None, COMPILE_S)
-        self.ports = Ports(shm.ports, self.umem, self.bpf, self.workers, self.table)
+        self.ports = Ports(shm.ports, self.umem, self.bpf, self.workers, self.table, handover)
         self.frontends = SteeredFrontends(self.bpf.maps["frontends"], row, shm)
         self.generation = -1
         self._full = False
@@ -93,7 +104,6 @@ class Forwarder:
         self.steering.sync()
         self.frontends.sync()
         self.ports.sync()
-        self.table.renew()
         self.generation = generation
         return self.ports.view()
 
@@ -142,8 +152,10 @@ class Forwarder:
         }
 
     def close(self, keep_pods: bool) -> None:
-        """Let go of the devices; with keep_pods the pods' programs stay and drop."""
-        self.steering.clear()
+        """Let go of the devices. With keep_pods their programs stay, and forward what is in the
+        flow table; the uplinks' too, if a supervisor keeps them for the next forwarder."""
+        if not self.handover.kept_by_another:
+            self.steering.clear()
         self.ports.close(keep_pods)
         for worker in self.workers:
             worker.stop()
@@ -206,7 +218,7 @@ async def _wait_for_tables(run_dir: Path) -> Shm:
 def main(config: Config) -> int:
     """Run until SIGTERM; return the exit status."""
     shm = asyncio.run(_wait_for_tables(config.run_dir))
-    forwarder = Forwarder(shm, config.run_dir)
+    forwarder = Forwarder(shm, config.run_dir, Handover())
     try:
         forwarder.sync()
         asyncio.run(_serve(forwarder, config))

@@ -28,6 +28,7 @@ from dataplane.control.jsonl import RemoteError, Unreachable, acall
 from dataplane.daemon.lock import hold
 from dataplane.daemon.notify import EX_CONFIG, notify
 from dataplane.tables.shm import Shm
+from xdp.handover import Store
 
 PAUSES_S = (0.1, 0.2, 0.5, 1, 2, 5, 10)
 STEADY_S = 10.0  # a child that lived so long has not failed at its start
@@ -46,8 +47,9 @@ def _die_with_parent() -> None:
 class Child:
     """One process that is kept alive."""
 
-    def __init__(self, name: str, config: Path | None) -> None:
-        """name: the subcommand, `agent` or `forwarder`."""
+    def __init__(self, name: str, config: Path | None, store: Store | None = None) -> None:
+        """name: the subcommand, `agent` or `forwarder`; store: what it leaves to the next."""
+        self._store = store
         self.name = name
         self._command = [sys.executable, "-m", "dataplane.cli.main", name]
         if config is not None:
@@ -61,9 +63,7 @@ class Child:
         failures = 0
         while not stop.is_set():
             self.started = time.monotonic()
-            self.process = await asyncio.create_subprocess_exec(
-                *self._command, preexec_fn=_die_with_parent
-            )
+            self.process = await self._spawn()
             if stop.is_set():  # it came between the question and the start
                 await self.end()
             self.status = await self.process.wait()
@@ -79,6 +79,12 @@ class Child:
             log.warning("restarting", process=self.name, status=self.status, pause_s=pause)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), pause)
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        more, fds = self._store.inheritance() if self._store else ({}, [])
+        return await asyncio.create_subprocess_exec(
+            *self._command, preexec_fn=_die_with_parent, env=os.environ | more, pass_fds=fds
+        )
 
     async def end(self) -> None:
         """SIGTERM, and SIGKILL when that is not enough."""
@@ -142,7 +148,9 @@ async def _run(config: Config, path: Path | None) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    agent, forwarder = Child("agent", path), Child("forwarder", path)
+    store = Store()
+    store.listen()
+    agent, forwarder = Child("agent", path), Child("forwarder", path, store)
     keepers = [asyncio.create_task(child.keep(stop)) for child in (agent, forwarder)]
     watcher = asyncio.create_task(_watch(config, forwarder, stop))
     await stop.wait()

@@ -22,6 +22,7 @@ from dataplane.kernels.connections import (
     LIMIT_LEAST,
     MASK,
     MOST,
+    NOTICED,
     make_tracker,
 )
 from dataplane.kernels.events import NOW, OFF, make_ring
@@ -32,6 +33,7 @@ from xdp.abi import CONST, DTYPE
 
 SLICE = 1 << 19  # records a call of `sweep` looks at, about 3 ms
 WARN_PERCENT = 80
+FOLLOWED = ("generation", "judgement", "ports_generation")  # NOTICED: as track.follow_tables
 NAT_PORTS = CONST["NAT_PROTOCOLS"] << 16
 DEFAULT = 1 << 17  # records, where the agent has not said
 
@@ -51,8 +53,7 @@ class Conntrack:
         self._places = places_of(nat_ports, self.flows)
         arrays = (shm.connections, shm.connection_index, self._places)
         self._tables = tuple(map(Rows, arrays))
-        wanted = int(shm.node[0]["connections"]) or DEFAULT
-        self.records = max(CONST["CONNECTIONS_LEAST"], min(wanted, CONST["CONNECTIONS_MOST"]))
+        self.records = self.size(shm)
         shm.track_counters[:] = np.zeros((), DTYPE["track_counter"])
         self.trackers = [
             make_tracker(
@@ -74,6 +75,12 @@ class Conntrack:
         self.live = self.established = 0
         self._restore()
 
+    @staticmethod
+    def size(shm: Any) -> int:
+        """Return how many records there are to be."""
+        wanted = int(shm.node[0]["connections"]) or DEFAULT
+        return max(CONST["CONNECTIONS_LEAST"], min(wanted, CONST["CONNECTIONS_MOST"]))
+
     @property
     def pressure_percent(self) -> float:
         """Live connections, in percent of the table."""
@@ -91,8 +98,10 @@ class Conntrack:
                 live, last = restore(*self._tables, mask, first, usable)
                 self.live += live
                 highest = max(highest, last)
+        control = shm.control[0]
         for tracker in self.trackers:
             words = tracker.words
+            words[NOTICED : NOTICED + 3] = [control[name] for name in FOLLOWED]
             used = min(max(highest - int(words[FIRST]), LIMIT_LEAST), int(words[MOST]))
             while int(words[LIMIT]) < used:
                 words[LIMIT] = min(int(words[LIMIT]) * 2, int(words[MOST]))

@@ -4,10 +4,11 @@ Rule: one increment of the generation makes every entry stale; whoever changes w
 increments it afterwards.
 
 Theory. Tags, entries and hops are BPF arrays that numpy maps, so workers install without a system
-call (kernels/flows.py). What has been read of each entry's counters is kept in the tables' folder,
-so that a forwarder that takes over counts on. A port takes part only while its device takes what is
-redirected to it (xdp/netdev.py); `devices` says so to the kernels, the device map to XDP. With
-generation 0 the table is off and XDP looks nothing up.
+call (kernels/flows.py). What has been read of each entry's counters is kept in the tables' folder.
+So XDP goes on forwarding established flows while no forwarder runs, and the next one takes maps and
+counters up as they stand (`taken`), but for what its predecessor had in hand. A port takes part
+only while its device takes what is redirected to it (xdp/netdev.py); `devices` says so to the
+kernels, the device map to XDP. With generation 0 the table is off and XDP looks nothing up.
 """
 
 import secrets
@@ -20,19 +21,40 @@ from dataplane.engine.account import make_counters
 from dataplane.kernels.flows import Flows, renew
 from dataplane.kernels.harvest import harvest
 from dataplane.kernels.rows import Rows
-from xdp.abi import CONST, DTYPE
+from xdp.abi import CONST, DTYPE, value
 from xdp.errors import KernelError
+from xdp.maps import Map
 from xdp.netdev import redirect_targets
 from xdp.object import BpfObject
 
 WAYS = CONST["FLOW_WAYS"]
 LINE = np.dtype(f"V{4 * WAYS}")
+MAPS = ("steering", "flow_tags", "flow_entries", "hops", "flow_devices", "flow_faults")
+WRITTEN, LIVE = value("FLOW_WRITTEN"), value("FLOW_LIVE")
+RESTING, RECORD_LIVE = value("FLOW_RESTING"), value("RECORD_LIVE")
 
 
 def sizes(slots: int) -> dict[str, int]:
     """Return max_entries of the maps for a table of `slots` entries (a power of two), 0: off."""
     slots = max(slots, CONST["FLOW_SLOTS_LEAST"])
     return {"flow_entries": slots, "flow_tags": slots // WAYS}
+
+
+def taken(kept: Mapping[str, int], slots: int) -> dict[str, int]:
+    """Return the maps of a predecessor that a table of `slots` entries takes up: all, or none.
+
+    kept: file descriptors by name.
+    """
+    try:
+        maps = {name: Map.taken(kept[name]) for name in MAPS}
+        row = maps["steering"].mmap(DTYPE["steering"])[0]
+    except (KeyError, KernelError, ValueError):
+        return {}
+    same = all(maps[name].max_entries == count for name, count in sizes(slots).items())
+    on = bool(row["flow_generation"]) == (slots > 0)
+    if not same or not on or int(row["flow_abi"]) != CONST["ABI_VERSION"]:
+        return {}
+    return {name: entry.fd for name, entry in maps.items()}
 
 
 class FlowTable:
@@ -68,6 +90,25 @@ class FlowTable:
         row["flow_tunnel"] = int(node["tunnel_kind"])
         row["flow_abi"] = CONST["ABI_VERSION"]
         row["flow_generation"] = int(on)
+
+    def take_up(self, records: int) -> None:
+        """Go on with a predecessor's table. records: connections that the forwarder will know.
+
+        What it was writing when it ended, and entries of connections that are no more, go.
+        """
+        seen, connections = self._shm.flow_seen[: self.slots], self._shm.connections
+        number = np.minimum(seen["record"], records - 1)
+        slot = np.where(
+            seen["way"] == 0,
+            connections["flow_original"][number],
+            connections["flow_reply"][number],
+        )
+        good = (seen["state"] == LIVE) & (seen["record"] == number)
+        good &= slot == np.arange(1, self.slots + 1)
+        good &= connections["owner"][number] == RECORD_LIVE
+        good &= connections["created"][number] == seen["created"]
+        self.flows.tags.array[~good] = 0
+        seen["state"][~good & np.isin(seen["state"], (WRITTEN, LIVE))] = RESTING
 
     @property
     def on(self) -> bool:

@@ -6,8 +6,9 @@ the kernel unless it is steered to a socket that works.
 Theory. `sync` compares the rows of the port table with what is open and closes, then opens. For a
 pod or the host port the program is attached by netlink, so it stays when the forwarder dies: the
 pod's packets are dropped until the next forwarder takes over (fail closed), which attaches its own
-program in the place of the old. On an uplink it is a bpf_link and vanishes with the process. The
-order when opening is sockets, then map entries, then program; when closing, the reverse.
+program in the place of the old. On an uplink it is a bpf_link, which the supervisor keeps for the
+next forwarder (xdp/handover.py) and which vanishes with it. The order when opening is sockets, then
+map entries, then program; when closing, the reverse.
 """
 
 import socket
@@ -20,15 +21,17 @@ import numpy as np
 from dataplane.engine.flowtable import FlowTable
 from dataplane.engine.worker import Worker
 from xdp.abi import CONST, DTYPE, value
-from xdp.errors import XdpError
-from xdp.link import Link, attach_link, attach_netlink, detach_netlink
-from xdp.object import BpfObject
+from xdp.errors import KernelError, XdpError
+from xdp.handover import Handover
+from xdp.link import Link, attach_link, attach_netlink, detach_netlink, query
+from xdp.object import BpfObject, Program
 from xdp.umem import Umem
 from xdp.xsk import Xsk
 
 PORT_UPLINK = value("PORT_UPLINK")
 PORT_ACTIVE = value("PORT_ACTIVE")
 QUEUES_MAX = CONST["QUEUES_MAX"]
+UPLINK = "uplink:"  # and the ifindex: name of a link in the handover
 
 
 @dataclass
@@ -71,9 +74,11 @@ class Ports:
         bpf: BpfObject,
         workers: list[Worker],
         table: FlowTable,
+        handover: Handover,
     ) -> None:
-        """rows: the port table, port[PORTS_MAX]."""
+        """rows: the port table, port[PORTS_MAX]; handover: where uplinks' links are kept."""
         self._table = table
+        self._handover = handover
         self._rows = rows
         self._umem = umem
         self._bpf = bpf
@@ -97,6 +102,9 @@ class Ports:
         for index, row in wanted.items():
             if index not in self._open:
                 self._open[index] = self._start(index, row)
+        for name in [name for name in self._handover.kept if name.startswith(UPLINK)]:
+            self._kept(name).detach()  # nobody's uplink any more
+            self._handover.drop(name)
         self._follow()
 
     def check(self) -> list[str]:
@@ -118,7 +126,8 @@ class Ports:
         self._table.follow({n: port.ifindex for n, port in self._open.items() if not port.error})
 
     def close(self, keep_pods: bool) -> None:
-        """Close all; with keep_pods the pods' programs stay attached and drop (fail closed)."""
+        """Close all. With keep_pods the pods' programs stay attached: what is not in the flow
+        table drops (fail closed); and the uplinks' where another process keeps them."""
         for port in list(self._open.values()):
             self._close(port, detach=not keep_pods)
 
@@ -174,17 +183,39 @@ class Ports:
 
     def _attach(self, port: OpenPort) -> None:
         if port.kind == PORT_UPLINK:
-            port.link = attach_link(self._bpf.programs["uplink_rx"], port.ifindex)
+            port.link = self._link(self._bpf.programs["uplink_rx"], port.ifindex)
             port.native = port.link.native
         else:
             attached = attach_netlink(self._bpf.programs["pod_rx"], port.ifindex)
             port.native = attached.native
+
+    def _link(self, program: Program, ifindex: int) -> Link:
+        """Take the predecessor's place on an uplink in one step, or attach."""
+        name = f"{UPLINK}{ifindex}"
+        if name in self._handover.kept:
+            link = self._kept(name)
+            try:
+                link.replace(program)
+                return link
+            except KernelError:  # of a device that was made anew
+                link.close()
+        link = attach_link(program, ifindex)
+        self._handover.keep(name, link.fd)
+        return link
+
+    def _kept(self, name: str) -> Link:
+        fd, ifindex = self._handover.kept.pop(name), int(name.removeprefix(UPLINK))
+        found = query(ifindex)
+        return Link(fd, ifindex, found is None or found.native)
 
     def _close(self, port: OpenPort, detach: bool = True) -> None:
         self._open.pop(port.index, None)
         if detach:
             self._table.close(port.index)
         if port.link:
+            if detach or not self._handover.kept_by_another:
+                port.link.detach()
+                self._handover.drop(f"{UPLINK}{port.ifindex}")
             port.link.close()
             port.link = None
         elif detach and port.kind != PORT_UPLINK:

@@ -49,7 +49,6 @@ def _jobs() -> list[tuple[str, Callable[[], object]]]:
     return [
         *kernels,
         ("the worker's loop", lambda: loop.run(*worker.arguments)),
-        ("the stages without rings", lambda: loop.process(batch, *stages)),
         ("the counters", lambda: loop.tally(batch, tables, counters)),
         ("connections' time-outs", conntrack.sweep),
         ("and flush", conntrack.compile),

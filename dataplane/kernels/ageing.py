@@ -14,7 +14,6 @@ from dataplane.kernels.connections import (
     CLAIMED,
     ESTABLISHED,
     FLAGS,
-    FLOW_SLOT,
     FREE,
     LINE,
     LIVE,
@@ -26,8 +25,10 @@ from dataplane.kernels.connections import (
     STATE,
     TICK_SHIFT,
     count_port,
+    cut_flows,
     hash_at,
     idle_of,
+    keep_flows,
     publish,
     release,
     unlink,
@@ -41,7 +42,6 @@ from dataplane.kernels.house import (
     load64,
     prefetch,
     store32,
-    store64,
     swap32,
 )
 
@@ -105,13 +105,14 @@ def restore(connections, index, places, mask, first, end):
         if owner == FREE:
             continue
         store32(record + OWNER, CLAIMED)
-        store64(record + FLOW_SLOT, 0)
         hashed, reply = hash_at(record), hash_at(record + LINE)
         if owner == LIVE and publish(where, records, mask, number, hashed, reply):
             live += 1
             highest = number + 1
+            keep_flows(along, record, number)
             if load8(record + FLAGS) & PORT_TAKEN:
                 count_port(load64(along + PLACE_NAT_PORTS * 8), record, 1)
         else:
+            cut_flows(along, record, number)
             store32(record + OWNER, FREE)
     return live, highest

@@ -64,6 +64,7 @@ FLOW_SLOT = offset("flow_original")
 HASH = offset("hash")
 REPLY_HASH = offset("reply_hash")
 
+FLOW_SLOTS_MOST = CONST["FLOW_SLOTS_MOST"]
 FREE, CLAIMED, LIVE = (value(f"RECORD_{name}") for name in ("FREE", "CLAIMED", "LIVE"))
 ESTABLISHED = value("CONNECTION_ESTABLISHED")
 REPLIED = value("CONNECTION_REPLIED")
@@ -276,6 +277,25 @@ def cut_flows(places, record, number):
         seen = load64(places + PLACE_SEEN * 8) + slot * SEEN
         if load32(seen + SEEN_RECORD) == number:
             retire(load64(places + PLACE_TAGS * 8) + slot * 4, seen)
+
+
+@inline
+def keep_flows(places, record, number):
+    """Forget which entries of the flow table a connection had, but for those that are still its."""
+    for way in range(2):
+        at = record + FLOW_SLOT + way * 4
+        slot = load32(at) - 1
+        seen = load64(places + PLACE_SEEN * 8) + slot * SEEN
+        mine = 0 <= slot < FLOW_SLOTS_MOST and load32(seen + SEEN_STATE) == FLOW_LIVE
+        if not mine or load32(seen + SEEN_RECORD) != number:
+            store32(at, 0)
+
+
+@inline
+def generation_at(at):
+    """Generation of entries that are written now, 0: off. at: address of flow_generation."""
+    mine = load32_acquire(at)
+    return (mine + load32_acquire(at + 4)) & 0xFFFFFFFF if mine else mine
 
 
 @inline

@@ -51,6 +51,7 @@ from dataplane.kernels.connections import (
     WORD_BASE,
     bucket_of,
     cut_flows,
+    generation_at,
     offset,
     same_tuple,
     tag_of,
@@ -260,7 +261,7 @@ def follow_tables(t, k):
         k.words[NOTICED + n] = fresh[n]
     if changed and load32(at):
         add32(at, 1)
-    return load32_acquire(at)
+    return generation_at(at)
 
 
 @kernel

@@ -23,6 +23,7 @@ from dataplane.tables.entries import Entries
 from dataplane.tables.errors import TableFull
 from dataplane.tables.fib4 import Fib4
 from dataplane.tables.fib6 import Fib6
+from dataplane.tables.flow_generation import FlowGeneration
 from dataplane.tables.shm import Shm
 from xdp.abi import CONST
 
@@ -74,6 +75,7 @@ class PolicyWriter:
     def __init__(self, shm: Shm, clock: Callable[[], float] = time.monotonic) -> None:
         """Read back what stands."""
         self.shm, self.clock = shm, clock
+        self._flows = FlowGeneration(shm)
         self.entries = Entries(shm.policy_entries, clock, lambda: shm.extents("policy_entries"))
         self.ipcache: dict[int, Fib4 | Fib6] = {
             4: Fib4(shm.ipcache4_wide, shm.ipcache4_deep, clock, shm.extents("ipcache4_wide")),
@@ -196,6 +198,7 @@ class PolicyWriter:
     def rejudge(self) -> None:
         """Have live connections judged again."""
         self.shm.control["judgement"] += 1
+        self._flows.advance()
 
     def usage(self) -> dict[str, tuple[int, int]]:
         """Return (in use, limit) of each table."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dataplane.tables.errors import TableFull
+from dataplane.tables.flow_generation import FlowGeneration
 from dataplane.tables.frontends import Frontends, Key
 from dataplane.tables.parts import Parts, Rows
 from dataplane.tables.shm import Shm
@@ -87,6 +88,7 @@ class ServiceWriter:
     def __init__(self, shm: Shm, clock: Callable[[], float] = time.monotonic) -> None:
         """Read back what stands."""
         self._shm = shm
+        self._flows = FlowGeneration(shm)
         self._rows = shm.services
         self._states = shm.backends["state"]
         self._frontends = Frontends(shm.frontends, clock, shm.extents("frontends"))
@@ -377,6 +379,7 @@ class ServiceWriter:
         changed = self._changed
         if changed:
             control["judgement"] += 1
+            self._flows.advance()
         self._changed = self._frontends_changed = False
         return changed
 

@@ -21,6 +21,7 @@ from dataplane.tables.adjacencies import MASK64, Adjacencies
 from dataplane.tables.errors import TableError, TableFull
 from dataplane.tables.fib4 import Fib4
 from dataplane.tables.fib6 import Fib6
+from dataplane.tables.flow_generation import FlowGeneration
 from dataplane.tables.model import Adjacency, Port
 from dataplane.tables.shm import Shm
 from xdp.abi import CONST, value
@@ -36,6 +37,7 @@ class TableWriter:
     def __init__(self, shm: Shm, clock: Callable[[], float] = time.monotonic) -> None:
         """Read back what stands."""
         self.shm = shm
+        self._flows = FlowGeneration(shm)
         self._adjacencies = Adjacencies(shm.adjacencies, shm.rewrites, clock)
         self._fib4 = Fib4(shm.fib4_wide, shm.fib4_deep, clock, shm.extents("fib4_wide"))
         self._fib6 = Fib6(shm.fib6, shm.fib6_lengths, clock, shm.extents("fib6"))
@@ -224,6 +226,8 @@ class TableWriter:
             control["ports_generation"] += 1
         if changed:
             control["generation"] += 1
+        if changed or self._ports_changed:
+            self._flows.advance()
         self._changed = self._ports_changed = False
         return bool(changed)
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.worlds import open_pods
 from xdp.abi import value
+from xdp.handover import Handover
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
 
@@ -96,7 +97,7 @@ class World:
             json.dumps({"tunnel_port": 8472, "locals": ["192.0.2.1"], "prefixes": [], "nat": []})
         )
         with inside(self.node):
-            self.forwarder = Forwarder(self.shm, self.run_dir)
+            self.forwarder = Forwarder(self.shm, self.run_dir, Handover({}))
             ports = self.forwarder.sync()
         assert all(port["ready"] for port in ports), [port["error"] for port in ports]
 

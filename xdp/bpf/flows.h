@@ -182,7 +182,7 @@ static __always_inline struct flow_entry *flow_find(const struct steering *s,
     if ((have[0] ^ key->source[0]) | (have[1] ^ key->source[1]) | (have[2] ^ key->target[0]) |
         (have[3] ^ key->target[1]) | (((have[4] ^ key->rest) & 0xffffffffffffULL)))
       continue;
-    if (copy->ifindex == key->ifindex && copy->generation == s->flow_generation)
+    if (copy->ifindex == key->ifindex && copy->generation == s->flow_generation + s->flow_tables)
       return live;
   }
   return 0;

@@ -1,0 +1,81 @@
+"""What a forwarder leaves to the next one: file descriptors that the supervisor keeps for it.
+
+Rule: what is kept is named; keeping a name again lets go of what it stood for.
+
+Theory. A program stays on an uplink, and the flow table in the kernel, while somebody has them
+open. If that were the forwarder alone, established flows would end with it. So it sends its
+descriptors to its supervisor (SCM_RIGHTS, unix(7)), which does nothing with them but to hand them
+to the next forwarder, as systemd's file descriptor store does. When the supervisor ends as well,
+the kernel closes them: nothing stays on an uplink.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping
+
+CHANNEL, KEPT = "PENSTOCK_STORE", "PENSTOCK_KEPT"  # environment of the forwarder
+KEEP, DROP = b"+", b"-"
+NAME_MAX = 64
+
+
+class Store:
+    """The supervisor's side."""
+
+    def __init__(self) -> None:
+        """Nothing is kept yet."""
+        self._mine, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._mine.setblocking(False)
+        self._kept: dict[str, int] = {}
+
+    def listen(self) -> None:
+        """Take in what arrives, in the running event loop."""
+        asyncio.get_running_loop().add_reader(self._mine.fileno(), self.take_in)
+
+    def take_in(self) -> None:
+        """Do what has been asked for so far."""
+        while True:
+            try:
+                message, fds, _, _ = socket.recv_fds(self._mine, NAME_MAX, 1)
+            except BlockingIOError:
+                return
+            self._forget(message[1:].decode())
+            if message[:1] == KEEP and fds:
+                self._kept[message[1:].decode()] = fds[0]
+
+    def _forget(self, name: str) -> None:
+        if name in self._kept:
+            os.close(self._kept.pop(name))
+
+    def inheritance(self) -> tuple[dict[str, str], list[int]]:
+        """Return the environment and the descriptors that a child starts with."""
+        self.take_in()
+        kept = " ".join(f"{name}={fd}" for name, fd in self._kept.items())
+        channel = self._theirs.fileno()
+        return {CHANNEL: str(channel), KEPT: kept}, [channel, *self._kept.values()]
+
+
+class Handover:
+    """The forwarder's side; without a supervisor it keeps nothing."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        """environment: where the supervisor says what it has."""
+        channel = environment.get(CHANNEL, "")
+        self._channel = socket.socket(fileno=int(channel)) if channel else None
+        pairs = (text.partition("=") for text in environment.get(KEPT, "").split())
+        self.kept = {name: int(fd) for name, _, fd in pairs}
+
+    @property
+    def kept_by_another(self) -> bool:
+        """Whether what is handed over outlives this process."""
+        return self._channel is not None
+
+    def keep(self, name: str, fd: int) -> None:
+        """Have a descriptor kept; it stays open here as well."""
+        if self._channel is not None:
+            socket.send_fds(self._channel, [KEEP + name.encode()], [fd])
+
+    def drop(self, name: str) -> None:
+        """Have what was kept by that name let go of."""
+        if self._channel is not None:
+            self._channel.send(DROP + name.encode())
