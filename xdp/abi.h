@@ -16,7 +16,7 @@
 #ifndef PENSTOCK_ABI_H
 #define PENSTOCK_ABI_H
 
-#define ABI_VERSION 4
+#define ABI_VERSION 5
 
 /* --- limits ------------------------------------------------------------------------------- */
 
@@ -259,6 +259,39 @@ enum reason {
   REASON_OVERSIZE = 244,                   /* Packet has too many segments */
 };
 
+/* What is to be done with a packet of a vector. */
+enum verdict {
+  VERDICT_PENDING = 0,           /* goes on through the stages */
+  VERDICT_DROP = 1,              /* reason says why; the frame returns to the free list */
+  VERDICT_SEND = 2,              /* complete: transmit on egress as it stands */
+  VERDICT_HOLD = 3,              /* a fragment that waits for its first one: the engine keeps the frame */
+};
+
+/* What stages have found out about a packet: bits of the column `flags`. */
+enum packet_flag {
+  PACKET_FRAGMENT = 1,           /* IPv4 or IPv6 fragment, first or later */
+  PACKET_LATER_FRAGMENT = 2,     /* offset > 0: no ports */
+  PACKET_DF = 4,                 /* IPv4 don't fragment, or IPv6 */
+  PACKET_MULTICAST = 8,          /* IP destination is multicast or broadcast */
+  PACKET_ICMP_ERROR = 16,        /* carries an ICMP or ICMPv6 error: must not be answered by one */
+  PACKET_OPTIONS = 32,           /* IPv4 options or IPv6 extension headers present */
+  PACKET_DECAPSULATED = 64,      /* came through the tunnel */
+  PACKET_LOCAL = 128,            /* made by this node: its TTL is not decremented */
+  PACKET_L2_MULTICAST = 256,     /* Ethernet destination is multicast or broadcast */
+  PACKET_ANSWER = 512,           /* to be answered by an ICMP error (`answer_type`/`answer_code`) */
+  PACKET_RESET = 1024,           /* to be answered by a TCP reset, with PACKET_ANSWER */
+  PACKET_ECHO = 2048,            /* an echo request to a service's address: to be answered */
+  PACKET_OUTSIDE = 4096,         /* came in on an uplink, not through the tunnel */
+  PACKET_NAT = 8192,             /* addresses or ports are to be rewritten: `nat_*` */
+  PACKET_RELATED = 16384,        /* an ICMP error about connection `connection` */
+  PACKET_AUDITED = 32768,        /* passes by policy audit only */
+  PACKET_NAT_SOURCE = 65536,     /* its source was made one of this node's own */
+  PACKET_ADMITTED = 131072,      /* was held as a fragment: `admit` has seen it */
+  PACKET_WORTH = 262144,         /* its direction is worth an entry of the flow table */
+  PACKET_SERVED = 524288,        /* refused on its way through `service`; `nat_target` and `nat_ports` say where */
+  PACKET_NOTED = 1048576,        /* its drop has been told */
+};
+
 enum stage {
   STAGE_RECEIVE = 0,
   STAGE_PARSE = 1,
@@ -477,7 +510,8 @@ struct control {
   __u64 frontends_generation;    /* incremented after every change of what uplinks steer to services */
   __u32 steering_map;            /* the forwarder's: id of the BPF map that XDP has `steering` in */
   __u32 reserved0;
-  __u64 reserved1[3];
+  __u64 taps;                    /* bit n: tap n is open; bit TAPS_MAX + n: and wants the stages */
+  __u64 reserved1[2];
 };
 
 /* What an address is: value of the longest prefix in the ipcache. Row 0: not known. */
@@ -735,6 +769,81 @@ struct flow_record {
 struct event_ring {
   __u64 head;                    /* events ever written; stored last */
   __u64 reserved[7];
+};
+
+/* --- taps: packets for whoever captures or traces -------------------------------------------- */
+
+#define TAPS_MAX 4               /* captures at a time */
+#define TAP_INSTRUCTIONS_MAX 4096 /* of a filter: BPF_MAXINSNS */
+#define TAP_RING_BYTES 8388608   /* of one worker's records for one tap */
+#define TAP_SNAP_MOST 65536      /* bytes of a packet: more than MTU_MAX and the outer headers */
+#define TAP_IN 1                 /* points: a packet as it came */
+#define TAP_OUT 2                /* and as it left */
+#define TAP_STAGES 4             /* with what each stage made of it */
+
+/* One instruction of classic BPF (net/bpf/filter.rst in the kernel's documentation). */
+struct tap_instruction {
+  __u16 code;
+  __u8 jump_true;
+  __u8 jump_false;
+  __u32 k;
+};
+
+/* Row n: what tap n takes. Written by the forwarder while its bit in control.taps is 0, but for the
+ * lease, which its reader renews: a tap that nobody reads any more is closed. */
+struct tap {
+  __u32 points;                  /* TAP_* */
+  __u32 snap;                    /* bytes of a packet */
+  __u32 port;                    /* where it is seen; PORTS_MAX: anywhere */
+  __u32 identity;                /* of its source or target; 0: any */
+  __u32 instructions;            /* of its filter; 0: every packet */
+  __u32 serial;                  /* another one each time it is opened; 0: it is closed */
+  __u64 lease_ns;                /* CLOCK_MONOTONIC of its reader's last sign of life */
+  __u64 reasons[4];              /* bit set by enum reason */
+};
+
+/* A row a worker and tap: bytes ever written and read; `head` is stored last. */
+struct tap_ring {
+  __u64 head;
+  __u64 tail;                    /* the reader's */
+  __u64 lost;                    /* packets for which there was no room */
+  __u64 reserved[5];
+};
+
+/* A packet at one point. Its steps and then its bytes follow; the next record begins at a multiple of
+ * 64 bytes. points 0: nothing but room up to the ring's end. */
+struct tap_record {
+  __u64 time_ns;                 /* CLOCK_MONOTONIC */
+  __u32 size;                    /* of all this */
+  __u32 length;                  /* of the packet */
+  __u32 captured;                /* bytes of it that follow */
+  __u32 egress_rule;             /* verdict words of its connection */
+  __u32 ingress_rule;
+  __u32 refusal;                 /* and of what dropped it */
+  __u32 source_identity;
+  __u32 target_identity;
+  __u32 flags;                   /* of the connection: CONNECTION_FLAG_* */
+  __u16 port;                    /* where it is seen */
+  __u16 other;                   /* where it left, or came from; PORTS_MAX: nowhere */
+  __u16 vector;                  /* packets in its vector */
+  __u8 point;                    /* TAP_IN or TAP_OUT */
+  __u8 reason;                   /* enum reason */
+  __u8 steps;                    /* struct tap_step that follow */
+  __u8 way;                      /* 1: a reply */
+  __u8 reserved[10];
+};
+
+/* A packet after one stage. */
+struct tap_step {
+  __u32 ns;                      /* that the stage took for the whole vector */
+  __u32 adjacency;
+  __u32 connection;              /* record + 1, 0: none */
+  __u32 flags;                   /* as kernels know them: dataplane/kernels/batch.py */
+  __u8 stage;                    /* enum stage */
+  __u8 verdict;
+  __u8 reason;
+  __u8 kind;
+  __u32 reserved[3];
 };
 
 #endif

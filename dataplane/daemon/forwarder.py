@@ -26,6 +26,7 @@ from dataplane.engine.conntrack import WARN_PERCENT, Conntrack
 from dataplane.engine.frontends import SteeredFrontends
 from dataplane.engine.ports import Ports
 from dataplane.engine.steer import FILE, Steering
+from dataplane.engine.taps import Taps
 from dataplane.engine.worker import Worker
 from dataplane.tables.connection_view import NUMBERS, Select
 from dataplane.tables.shm import Shm
@@ -94,6 +95,7 @@ class Forwarder:
             worker.call(lambda: None, COMPILE_S)
         self.ports = Ports(shm.ports, self.umem, self.bpf, self.workers, self.table, handover)
         self.frontends = SteeredFrontends(self.bpf.maps["frontends"], row, shm)
+        self.taps = Taps(shm, self.workers, self.table)
         self.generation = -1
         self._full = False
         self.started = time.time()
@@ -114,6 +116,7 @@ class Forwarder:
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         self.table.collect(self.workers[0].tables, now)
         self._sweep()
+        self.taps.turn()
         for name in self.ports.check():
             log.warning("device gone", device=name)
         self.frontends.sync()
@@ -149,6 +152,7 @@ class Forwarder:
             "generation": self.generation,
             "steering_error": self.steering.error or self.frontends.error,
             "frontends": len(self.frontends),
+            "captures": len(self.taps),
         }
 
     def close(self, keep_pods: bool) -> None:
@@ -179,8 +183,13 @@ async def _serve(forwarder: Forwarder, config: Config) -> None:
                 return forwarder.status()
             if op == "flush":
                 return {"forgotten": forwarder.conntrack.flush(_select(args))}
+            if op == "tap":
+                return forwarder.taps.open(args)
+            if op == "untap":
+                forwarder.taps.close(int(args["tap"]), int(args["serial"]))
+                return {}
         raise ValueError(
-            f"unknown operation {op!r}: the forwarder knows sync, ports, status, flush"
+            f"unknown operation {op!r}: the forwarder knows sync, ports, status, flush, tap, untap"
         )
 
     server = await serve(config.run_dir / "forwarder.sock", answer)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataplane.kernels.batch import FLAG_AUDITED, FLAG_NOTED, VERDICT_HOLD, VERDICT_SEND
+from dataplane.kernels.batch import FLAG_AUDITED, FLAG_NOTED, VECTOR_MAX, VERDICT_HOLD, VERDICT_SEND
 from dataplane.kernels.drops import PENDING, WATCH_WORDS, flush_drops, note_drop, sample
 from dataplane.kernels.events import make_ring
 from dataplane.kernels.house import inline
@@ -38,6 +38,7 @@ class Counters(NamedTuple):
     kicks: Rows  # int64[2]: transmit system calls, and those refused
     clock: Rows  # int64[3]: struct timespec for clock_gettime, and its own memory address
     marks: Rows  # int64[1]: time of the last stage mark, ns
+    steps: Rows  # tap_step[STAGES_MAX * VECTOR_MAX]: what stages made of packets, for a trace
 
 
 def make_counters(reasons, ports, stats, ring: Rows | None = None) -> Counters:
@@ -49,7 +50,8 @@ def make_counters(reasons, ports, stats, ring: Rows | None = None) -> Counters:
     clock[2] = clock.ctypes.data
     rows = map(Rows, (reasons, ports, stats))
     pending, watch = np.zeros(PENDING, DTYPE["flow_record"]), np.zeros(WATCH_WORDS, np.int64)
-    own = (pending, watch, np.zeros(2, np.int64), clock, np.zeros(1, np.int64))
+    steps = np.zeros(CONST["STAGES_MAX"] * VECTOR_MAX, DTYPE["tap_step"])
+    own = (pending, watch, np.zeros(2, np.int64), clock, np.zeros(1, np.int64), steps)
     return Counters(*rows, ring or make_ring(), *map(Rows, own))
 
 

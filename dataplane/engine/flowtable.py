@@ -76,6 +76,7 @@ class FlowTable:
         )
         self.live = 0
         self.packets = 0
+        self._paused = 0  # the generation before `pause`
         unused = np.zeros(1, DTYPE["worker_stats"])
         self._counters = make_counters(shm.reasons[-1], shm.port_counters[-1], unused)
 
@@ -114,6 +115,17 @@ class FlowTable:
     def on(self) -> bool:
         """Whether XDP looks anything up."""
         return bool(self._steering[0]["flow_generation"])
+
+    def pause(self) -> None:
+        """Let XDP look nothing up until `resume`: every packet comes to the workers."""
+        self._paused = int(self._steering[0]["flow_generation"])
+        self._steering[0]["flow_generation"] = 0
+
+    def resume(self) -> None:
+        """Go on, under a generation that no entry has yet."""
+        if self._paused:
+            self._steering[0]["flow_generation"] = self._paused + 1
+        self._paused = 0
 
     def renew(self) -> None:
         """Make every entry stale."""

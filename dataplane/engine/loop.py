@@ -26,12 +26,15 @@ from dataplane.kernels.house import inline, kernel, load64_acquire, types
 from dataplane.kernels.judge import judge
 from dataplane.kernels.parse import parse
 from dataplane.kernels.route import route
+from dataplane.kernels.taps import keep, note, open_taps, tap
 from dataplane.kernels.track import track
 from dataplane.kernels.translate import translate
-from xdp.abi import value
+from xdp.abi import CONST, value
 
 CLOCK_MONOTONIC = 1
 SAMPLE_MASK = 63  # every 64th step is timed
+SAMPLED, NOTED = 1, 2  # and its time counted; and what each stage made of each packet kept
+TAPS_MAX = CONST["TAPS_MAX"]
 SLEEP_MS = 1000  # longest sleep: the heartbeat is at most this old
 EVENTS_MAX = 64
 
@@ -71,45 +74,49 @@ def _now(c):
 
 
 @inline
-def _mark(c, stage, sampled):
-    """In a sampled step, charge the time since the last mark to a stage."""
-    if sampled:
+def _mark(b, c, stage, watched):
+    """Charge the time since the last mark to a stage. watched: SAMPLED, NOTED."""
+    if watched:
         now = _now(c)
-        c.stats[0].stage_ns[stage] += np.uint64(now - c.marks[0])
+        if watched & SAMPLED:
+            c.stats[0].stage_ns[stage] += np.uint64(now - c.marks[0])
+        if watched & NOTED:
+            note(b, c.steps, stage, now - c.marks[0])
+            now = _now(c)
         c.marks[0] = now
 
 
 @inline
-def stages(b, t, k, f, x, c, sampled):
+def stages(b, t, k, f, x, c, watched):
     """Every decision about a vector, in order."""
     parse(b)
-    _mark(c, PARSE, sampled)
+    _mark(b, c, PARSE, watched)
     admit(b, t)
     fragments(b, f, k)
-    _mark(c, ADMIT, sampled)
+    _mark(b, c, ADMIT, watched)
     track(b, t, k)
-    _mark(c, TRACK, sampled)
+    _mark(b, c, TRACK, watched)
     if b.todo_count[0]:
         connect(b, t, k)
-    _mark(c, CONNECT, sampled)
+    _mark(b, c, CONNECT, watched)
     route(b, t)
-    _mark(c, ROUTE, sampled)
+    _mark(b, c, ROUTE, watched)
     judge(b, t)
-    _mark(c, JUDGE, sampled)
+    _mark(b, c, JUDGE, watched)
     answer(b, t, c)
-    _mark(c, ANSWER, sampled)
+    _mark(b, c, ANSWER, watched)
     translate(b, t)
-    _mark(c, TRANSLATE, sampled)
+    _mark(b, c, TRANSLATE, watched)
     forward(b, t)
-    _mark(c, FORWARD, sampled)
+    _mark(b, c, FORWARD, watched)
     install(b, t, x)
-    _mark(c, INSTALL, sampled)
+    _mark(b, c, INSTALL, watched)
 
 
 @kernel
 def process(b, t, k, f, x, c):
     """Decide about a vector that does not come from rings (tests, fuzzer, engine benchmark)."""
-    stages(b, t, k, f, x, c, False)
+    stages(b, t, k, f, x, c, 0)
 
 
 @kernel
@@ -119,26 +126,32 @@ def tally(b, t, c):
 
 
 @inline
-def _step(b, r, t, k, f, x, c, now):
+def _step(b, r, t, k, f, x, c, w, now):
     """Decide about and send the vector that was received; returns sockets that still wait."""
     stats = c.stats[0]
-    sampled = (stats.steps & np.uint64(SAMPLE_MASK)) == np.uint64(0)
-    if sampled:
+    taps = open_taps(w)
+    watched = NOTED if taps >> TAPS_MAX else 0
+    if taps:
+        keep(b, w)
+    if (stats.steps & np.uint64(SAMPLE_MASK)) == np.uint64(0):
+        watched |= SAMPLED
         c.stats[0].sampled_steps += np.uint64(1)
         c.stats[0].sampled_packets += np.uint64(b.count[0])
         c.stats[0].rx_waiting += np.uint64(received(r))
         c.stats[0].tx_waiting += np.uint64(unsent(r))
     b.now_ns[0] = now
     c.marks[0] = now
-    _mark(c, RECEIVE, sampled)
-    stages(b, t, k, f, x, c, sampled)
+    _mark(b, c, RECEIVE, watched)
+    stages(b, t, k, f, x, c, watched)
     transmit(b, r, c.kicks)
-    _mark(c, TRANSMIT, sampled)
+    _mark(b, c, TRANSMIT, watched)
     account(b, t, c)
-    _mark(c, ACCOUNT, sampled)
+    _mark(b, c, ACCOUNT, watched)
+    if taps:
+        tap(b, t, w, c.steps, taps)
     collect(r)
     waiting = flush(r, c.kicks)
-    _mark(c, TRANSMIT, sampled)
+    _mark(b, c, TRANSMIT, watched)
     c.stats[0].steps += np.uint64(1)
     c.stats[0].packets += np.uint64(b.count[0])
     return waiting
@@ -160,10 +173,10 @@ def _sleep(c, control):
 
 
 @kernel
-def run(b, r, t, k, f, x, c, control):
+def run(b, r, t, k, f, x, c, w, control):
     """Work until the stop word is raised.
 
-    b: Batch, r: Rings, t: Tables, k: Tracker, f: Fragments, x: Flows, c: Counters.
+    b: Batch, r: Rings, t: Tables, k: Tracker, f: Fragments, x: Flows, c: Counters, w: Watch.
     """
     stop = control[CONTROL_ADDRESS]
     now = _now(c)
@@ -172,7 +185,7 @@ def run(b, r, t, k, f, x, c, control):
     while load64_acquire(stop) == 0:
         now = _now(c)
         if receive(b, r, f, now) > 0:
-            waiting = _step(b, r, t, k, f, x, c, now)
+            waiting = _step(b, r, t, k, f, x, c, w, now)
             last = now
             c.stats[0].heartbeat_ns = np.uint64(now)
             continue

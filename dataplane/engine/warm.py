@@ -33,7 +33,7 @@ def _jobs() -> list[tuple[str, Callable[[], object]]]:
     conntrack = Conntrack(shm, np.zeros(NAT_PORTS, np.uint32), 1)
     worker = Worker(0, shm, 0, frames, 0, conntrack.trackers[0], conntrack.flows)
     worker.control[loop.CONTROL_STOP] = 1  # run returns before its first step
-    batch, _, *stages, _ = worker.arguments
+    batch, _, *stages, _, _ = worker.arguments
     tables, _, _, flows, counters = stages
     kernels = [
         ("parse", lambda: loop.parse(batch)),

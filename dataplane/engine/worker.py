@@ -37,6 +37,7 @@ from dataplane.kernels.flows import Flows
 from dataplane.kernels.fragments import make_fragments
 from dataplane.kernels.rows import Rows
 from dataplane.kernels.tables import Tables
+from dataplane.kernels.taps import make_watch
 from xdp.xsk import Xsk
 
 _RINGS = ("rx", "tx", "fill", "completion")
@@ -69,6 +70,7 @@ class Worker:
             shm.worker_stats[number : number + 1],
             tracker.ring,
         )
+        self.watch = make_watch(shm, number)
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._events = np.zeros(loop.EVENTS_MAX * 12, np.uint8)
@@ -86,7 +88,7 @@ class Worker:
     def arguments(self) -> tuple:
         """What loop.run takes."""
         stages = (self.tables, self.tracker, self.fragments, self.flows, self.counters)
-        return (self.batch, self.rings, *stages, self.control)
+        return (self.batch, self.rings, *stages, self.watch, self.control)
 
     def start(self) -> None:
         """Start the thread."""

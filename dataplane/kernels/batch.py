@@ -12,16 +12,16 @@ already final. Columns are int64 (uint64 for address halves and hashes): see hou
 import numpy as np
 
 from dataplane.kernels.rows import columns
-from xdp.abi import CONST
+from xdp.abi import CONST, value
 
 VECTOR_MAX = CONST["VECTOR_MAX"]
 SEGMENTS_MAX = CONST["SEGMENTS_MAX"]
 
-# Batch.verdict: what is to be done with a packet.
-VERDICT_PENDING = 0  # goes on through the stages
-VERDICT_DROP = 1  # Batch.reason says why; the frame returns to the free list
-VERDICT_SEND = 2  # complete: transmit on Batch.egress as it stands
-VERDICT_HOLD = 3  # a fragment that waits for its first one: the engine keeps the frame
+# Batch.verdict: enum verdict.
+VERDICT_PENDING = value("VERDICT_PENDING")
+VERDICT_DROP = value("VERDICT_DROP")
+VERDICT_SEND = value("VERDICT_SEND")
+VERDICT_HOLD = value("VERDICT_HOLD")
 
 # Batch.kind: what the packet is, as far as the stages care.
 KIND_OTHER = 0  # not classified (yet)
@@ -29,28 +29,28 @@ KIND_ARP = 1
 KIND_IP4 = 4
 KIND_IP6 = 6
 
-# Batch.flags
-FLAG_FRAGMENT = 1  # IPv4 or IPv6 fragment, first or later
-FLAG_LATER_FRAGMENT = 2  # offset > 0: no ports
-FLAG_DF = 4  # IPv4 don't fragment, or IPv6
-FLAG_MULTICAST = 8  # IP destination is multicast or broadcast
-FLAG_ICMP_ERROR = 16  # carries an ICMP or ICMPv6 error: must not be answered by one
-FLAG_OPTIONS = 32  # IPv4 options or IPv6 extension headers present
-FLAG_DECAPSULATED = 64  # came through the tunnel
-FLAG_LOCAL = 128  # made by this node: its TTL is not decremented
-FLAG_L2_MULTICAST = 256  # Ethernet destination is multicast or broadcast
-FLAG_ANSWER = 512  # to be answered by an ICMP error (`answer_type`/`answer_code`)
-FLAG_RESET = 1024  # to be answered by a TCP reset, with FLAG_ANSWER
-FLAG_ECHO = 2048  # an echo request to a service's address: to be answered
-FLAG_OUTSIDE = 4096  # came in on an uplink, not through the tunnel
-FLAG_NAT = 8192  # addresses or ports are to be rewritten: `nat_*`
-FLAG_RELATED = 16384  # an ICMP error about connection `connection`
-FLAG_AUDITED = 32768  # passes by policy audit only
-FLAG_NAT_SOURCE = 65536  # its source was made one of this node's own
-FLAG_ADMITTED = 131072  # was held as a fragment: `admit` has seen it
-FLAG_WORTH = 262144  # its direction is worth an entry of the flow table
-FLAG_NOTED = 1048576  # its drop has been told
-FLAG_SERVED = 524288  # refused on its way through `service`; `nat_target` and `nat_ports` say where
+# Batch.flags: enum packet_flag, which says what they mean.
+FLAG_FRAGMENT = value("PACKET_FRAGMENT")
+FLAG_LATER_FRAGMENT = value("PACKET_LATER_FRAGMENT")
+FLAG_DF = value("PACKET_DF")
+FLAG_MULTICAST = value("PACKET_MULTICAST")
+FLAG_ICMP_ERROR = value("PACKET_ICMP_ERROR")
+FLAG_OPTIONS = value("PACKET_OPTIONS")
+FLAG_DECAPSULATED = value("PACKET_DECAPSULATED")
+FLAG_LOCAL = value("PACKET_LOCAL")
+FLAG_L2_MULTICAST = value("PACKET_L2_MULTICAST")
+FLAG_ANSWER = value("PACKET_ANSWER")
+FLAG_RESET = value("PACKET_RESET")
+FLAG_ECHO = value("PACKET_ECHO")
+FLAG_OUTSIDE = value("PACKET_OUTSIDE")
+FLAG_NAT = value("PACKET_NAT")
+FLAG_RELATED = value("PACKET_RELATED")
+FLAG_AUDITED = value("PACKET_AUDITED")
+FLAG_NAT_SOURCE = value("PACKET_NAT_SOURCE")
+FLAG_ADMITTED = value("PACKET_ADMITTED")
+FLAG_WORTH = value("PACKET_WORTH")
+FLAG_SERVED = value("PACKET_SERVED")
+FLAG_NOTED = value("PACKET_NOTED")
 
 WAY_ORIGINAL = 0  # Batch.way: as the connection's first packet
 WAY_REPLY = 1

@@ -33,6 +33,8 @@ FREE_LEAST = 96 << 20  # bytes: the counters, and a default route in fib4_wide
 
 _WORKERS = CONST["WORKERS_MAX"]
 _ADJACENCIES = CONST["ADJACENCIES_MAX"]
+_TAPS = CONST["TAPS_MAX"]
+_TAP_RECORDS = CONST["TAP_RING_BYTES"] // DTYPE["tap_record"].itemsize
 
 ARRAYS = MappingProxyType(
     {
@@ -72,6 +74,10 @@ ARRAYS = MappingProxyType(
         "worker_stats": (DTYPE["worker_stats"], (_WORKERS,)),
         "flow_records": (DTYPE["flow_record"], (_WORKERS + 1, CONST["EVENTS_MAX"])),
         "event_rings": (DTYPE["event_ring"], (_WORKERS + 1,)),
+        "taps": (DTYPE["tap"], (_TAPS,)),
+        "tap_programs": (DTYPE["tap_instruction"], (_TAPS, CONST["TAP_INSTRUCTIONS_MAX"])),
+        "tap_rings": (DTYPE["tap_ring"], (_WORKERS, _TAPS)),
+        "tap_space": (DTYPE["tap_record"], (_WORKERS, _TAPS, _TAP_RECORDS)),
     }
 )
 """File -> dtype and shape of its array."""
@@ -126,6 +132,10 @@ class Shm:
     worker_stats: np.ndarray
     flow_records: np.ndarray
     event_rings: np.ndarray
+    taps: np.ndarray
+    tap_programs: np.ndarray
+    tap_rings: np.ndarray
+    tap_space: np.ndarray
 
     def __init__(self, folder: Path, writable: bool) -> None:
         """Map files whose layout has been checked; use create() or open()."""
