@@ -101,7 +101,8 @@ class Agent:
         self.cni_socket = config.run_dir / "cni.sock"
         self.cni = CniServer(self.cni_socket, self.backend)
         self.endpoints.on_change(lambda: self.reconciler.trigger("endpoints"))
-        self.sight = Sight(self.shm, Witness(self).facts)
+        witness = Witness(self)
+        self.sight = Sight(self.shm, witness.facts, witness.owners)
         self.stop = asyncio.Event()
         self._pools: dict[int, Any] = {}
         self._pool_error = ""
@@ -162,6 +163,7 @@ class Agent:
                 group.create_task(self._follow_node()),
                 group.create_task(self._sweep()),
                 group.create_task(self.engines.follow_ports(self.stop)),
+                group.create_task(self.sight.follow()),
             ]
             await self.stop.wait()
             for task in tasks[1:]:

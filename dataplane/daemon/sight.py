@@ -9,6 +9,7 @@ since a cluster has many more pods than this node shows.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from dataplane.daemon.engines import RULES
 from dataplane.metrics.facts import Facts, Owner
 from dataplane.objects.collect import Objects
 
@@ -33,16 +34,20 @@ class Witness:
             node=agent.config.node.name,
             ready=state["ready"],
             forwarder=state["forwarder"],
-            owners={
-                end.host_ifname: Owner(end.pod_namespace, end.pod_name) for end in agent.endpoints
-            },
+            owners=self.owners(),
             addresses=self._called(agent.objects),
             tables=agent.reconciler.usage() | agent.engines.usage(),
             pools=tuple(agent.ipam.usage()),
             policies=len(agent.objects.policies),
             nodes=len(agent.objects.nodes),
             problems=tuple(state["errors"]),
+            rules=agent.shm.folder / RULES,
         )
+
+    def owners(self) -> dict[str, Owner]:
+        """Return whose devices are."""
+        ends = self._agent.endpoints
+        return {end.host_ifname: Owner(end.pod_namespace, end.pod_name) for end in ends}
 
     def _called(self, objects: Objects) -> Mapping[str, str]:
         if objects is not self._objects:

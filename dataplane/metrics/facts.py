@@ -10,6 +10,7 @@ on.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -38,6 +39,7 @@ class Facts:
     policies: int = 0
     nodes: int = 0
     problems: tuple[str, ...] = ()
+    rules: Path | None = None  # the book of rules
 
     def owner(self, device: str) -> Owner:
         """Whose a device is."""

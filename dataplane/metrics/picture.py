@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 from dataplane.metrics.facts import Facts
+from dataplane.policy.view import rule_names
 from dataplane.tables import view
 from dataplane.tables.shm import Shm
 
@@ -70,6 +71,8 @@ def _edges(flows: list[dict[str, Any]], facts: Facts) -> list[dict[str, Any]]:
 
 
 def _drops(flows: list[dict[str, Any]], facts: Facts) -> list[dict[str, Any]]:
+    dropped = [flow for flow in flows if flow["verdict"] == "DROPPED"][:DROPS_MOST]
+    rules = rule_names(facts.rules, {flow["refusal"] for flow in dropped}) if facts.rules else {}
     return [
         {
             "source": _name(flow["source"], facts),
@@ -77,10 +80,9 @@ def _drops(flows: list[dict[str, Any]], facts: Facts) -> list[dict[str, Any]]:
             "port": flow["destination_port"],
             "protocol": flow["protocol"],
             "reason": flow["reason"],
-            "policy": flow.get("policy", ""),
+            "policy": rules.get(flow["refusal"], ""),
             "packets": flow["packets"],
             "age_s": round(flow["age_ms"] / 1000, 1),
         }
-        for flow in flows
-        if flow["verdict"] == "DROPPED"
-    ][:DROPS_MOST]
+        for flow in dropped
+    ]

@@ -9,34 +9,44 @@ itself is answered; to let Prometheus in, give the address it comes to. No reque
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from typing import TypeVar
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
 from dataplane.metrics.datapath import DatapathCollector
-from dataplane.metrics.facts import Facts
+from dataplane.metrics.facts import Facts, Owner
+from dataplane.metrics.flows import FlowCollector
 from dataplane.metrics.picture import picture
 from dataplane.tables.shm import Shm
 
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 CLOSE_S = 1.0
+TURN_S = 1.0
+T = TypeVar("T")
 PAGE = files("dataplane.metrics").joinpath("page.html")
 
 
 class Sight:
     """Metrics and page of one node."""
 
-    def __init__(self, shm: Shm, facts: Callable[[], Awaitable[Facts]]) -> None:
-        """facts: the agent as it is now."""
-        self._shm, self._facts = shm, facts
+    def __init__(
+        self,
+        shm: Shm,
+        facts: Callable[[], Awaitable[Facts]],
+        owners: Callable[[], Mapping[str, Owner]] = dict,
+    ) -> None:
+        """facts: the agent as it is now; owners: whose devices are, which is cheap to know."""
+        self._shm, self._facts, self._owners = shm, facts, owners
         self.problem = ""
-        self.datapath = DatapathCollector(shm)
+        self.datapath, self.flows = DatapathCollector(shm), FlowCollector(shm)
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self.datapath)
+        self.registry.register(self.flows)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self._thread = ThreadPoolExecutor(1, "sight")
@@ -67,25 +77,38 @@ class Sight:
             self._runner = None
         self._thread.shutdown(wait=False)
 
+    async def follow(self) -> None:
+        """Count events as they come, for ever: the rings hold a moment only."""
+        while True:
+            await self._take()
+            await asyncio.sleep(TURN_S)
+
+    async def _take(self) -> None:
+        self.flows.owners = self._owners()
+        await self._aside(self.flows.take)
+
+    async def _look(self) -> Facts:
+        self.datapath.facts = await self._facts()
+        return self.datapath.facts
+
+    async def _aside(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
     async def _metrics(self, request: web.Request) -> web.Response:
-        facts = await self._facts()
+        await self._look()
+        await self._take()
         encode, kind = choose_encoder(request.headers.get("Accept", ""))
 
-        def answer() -> bytes:
-            self.datapath.facts = facts
-            return encode(self.registry)
-
-        body = await asyncio.get_running_loop().run_in_executor(self._thread, answer)
+        body = await self._aside(lambda: encode(self.registry))
         return web.Response(body=body, headers={**HEADERS, "Content-Type": kind})
 
     async def _view(self, request: web.Request) -> web.Response:
-        facts = await self._facts()
+        facts = await self._look()
 
         def answer() -> dict:
-            self.datapath.facts = facts
             return picture(self._shm, facts, self.datapath.pressure())
 
-        found = await asyncio.get_running_loop().run_in_executor(self._thread, answer)
+        found = await self._aside(answer)
         return web.json_response(found, headers=HEADERS)
 
     async def _page(self, request: web.Request) -> web.Response:

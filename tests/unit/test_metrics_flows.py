@@ -1,0 +1,160 @@
+"""Events as Hubble's metrics: a slow count in Python says the same, and losses are exact."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataplane.metrics.facts import Owner
+from dataplane.metrics.flows import FIELDS, PORTS_KEPT, FlowCollector, _fields, reason_name
+from dataplane.tables.shm import Shm
+from xdp.abi import CONST, DTYPE, value
+
+NEW, DROP = value("EVENT_NEW"), value("EVENT_DROP")
+CHANGE, END = value("EVENT_CHANGE"), value("EVENT_END")
+DENIED = value("REASON_POLICY_DENIED")
+HERE, THERE = 0x0A000001, 0x0B000001
+
+
+@pytest.fixture
+def shm(tmp_path):
+    with Shm.create(tmp_path) as shm:
+        for index, name, kind, address in (
+            (1, b"pnsk1", "POD", HERE), (2, b"eth0", "UPLINK", 0),
+        ):  # fmt: skip
+            row = shm.ports[index]
+            row["name"], row["kind"], row["address4"] = name, value(f"PORT_{kind}"), address
+            row["state"] = value("PORT_ACTIVE")
+        yield shm
+
+
+def tell(shm, *events, ring=0):
+    head = int(shm.event_rings[ring]["head"])
+    for event in events:
+        row = np.zeros((), DTYPE["flow_record"])
+        row["family"], row["protocol"] = 4, 6
+        for name, number in event.items():
+            row[name] = number
+        shm.flow_records[ring, head % CONST["EVENTS_MAX"]] = row
+        head += 1
+    shm.event_rings[ring]["head"] = head
+
+
+def counted(collector):
+    collector.take()
+    return {
+        (one.name.removeprefix("hubble_"), *one.labels.values()): one.value
+        for family in collector.collect()
+        for one in family.samples
+    }
+
+
+def collector(shm):
+    one = FlowCollector(shm)
+    one.owners = {"pnsk1": Owner("default", "web")}
+    return one
+
+
+def test_a_connection_out_and_one_in(shm):
+    one = collector(shm)
+    out = {"kind": NEW, "port": 1, "target_lo": THERE, "tcp": 2, "target_port": 443}
+    tell(shm, out, {**out, "egress_rule": 257}, {**out, "flags": CONST["CONNECTION_FLAG_AUDITED"]})
+    tell(
+        shm, {"kind": NEW, "port": 2, "target_lo": HERE, "protocol": 17, "target_port": 53}, ring=1
+    )
+    found = counted(one)
+    pod = ("default/web", "")
+    assert found["flows_processed_total", *pod, "TCP", "Trace", "to-endpoint", "FORWARDED"] == 1
+    assert found["flows_processed_total", *pod, "TCP", "PolicyVerdict", "", "FORWARDED"] == 1
+    assert found["flows_processed_total", *pod, "TCP", "Trace", "to-endpoint", "AUDIT"] == 1
+    incoming = ("", "default/web", "UDP", "Trace", "to-endpoint", "FORWARDED")
+    assert found["flows_processed_total", *incoming] == 1
+    assert found["tcp_flags_total", *pod, "IPv4", "SYN"] == 3
+    assert found["port_distribution_total", "TCP", "443"] == 3
+    assert found["port_distribution_total", "UDP", "53"] == 1
+
+
+def test_drops_count_packets_and_have_the_names_of_the_proto(shm):
+    one = collector(shm)
+    drop = {"kind": DROP, "port": 1, "reason": DENIED, "packets": 40, "target_identity": 2}
+    tell(shm, drop, {**drop, "packets": 2, "protocol": 1, "target_port": 8 << 8})
+    found = counted(one)
+    assert found["drop_total", "default/web", "", "TCP", "POLICY_DENIED"] == 40
+    assert found["drop_total", "default/web", "", "ICMPv4", "POLICY_DENIED"] == 2
+    assert found["flows_to_world_total", "default/web", "", "TCP", "DROPPED"] == 40
+    assert reason_name(value("REASON_CT_INVALID")) == "CT_TRUNCATED_OR_INVALID_HEADER"
+    assert reason_name(value("REASON_POLICY_DENIED_BY_RULE")) == "POLICY_DENY"
+
+
+def test_what_is_overrun_is_lost_and_counted(shm):
+    one = collector(shm)
+    shm.event_rings[0]["head"] = CONST["EVENTS_MAX"] + 1000
+    found = counted(one)
+    lost = found["lost_events_total", "PERF_EVENT_RING_BUFFER"]
+    seen = sum(n for (name, *_), n in found.items() if name == "flows_processed_total")
+    assert lost >= 1000
+    assert lost + seen == CONST["EVENTS_MAX"] + 1000
+
+
+def test_ports_are_bounded(shm):
+    one = collector(shm)
+    tell(shm, *({"kind": NEW, "port": 1, "target_port": port} for port in range(PORTS_KEPT + 50)))
+    found = counted(one)
+    ports = {key[2]: n for key, n in found.items() if key[0] == "port_distribution_total"}
+    assert ports["other"] == 50
+    assert len(ports) == PORTS_KEPT + 1
+
+
+EVENTS = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from([NEW, DROP, CHANGE, END]),
+        "port": st.sampled_from([1, 2, CONST["PORTS_MAX"]]),
+        "protocol": st.sampled_from([1, 6, 17, 99]),
+        "target_lo": st.sampled_from([HERE, THERE]),
+        "packets": st.integers(0, 5),
+        "reason": st.sampled_from([DENIED, 134]),
+        "tcp": st.integers(0, 31),
+    }
+)
+NAMES = {1: "ICMPv4", 6: "TCP", 17: "UDP"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(events=st.lists(EVENTS, max_size=60))
+def test_it_counts_as_a_slow_one_does(events, tmp_path_factory):
+    shm = slow_shm(tmp_path_factory)
+    one = collector(shm)
+    tell(shm, *events)
+    wanted = Counter()
+    for event in events:
+        ends = ("default/web", "") if event["port"] == 1 else ("", "")
+        if event["port"] != 1 and event["target_lo"] == HERE:
+            ends = ("", "default/web")
+        protocol = NAMES.get(event["protocol"], "Unknown")
+        if event["kind"] == DROP:
+            wanted[(*ends, protocol, "Drop", "", "DROPPED")] += event["packets"]
+        else:
+            wanted[(*ends, protocol, "Trace", "to-endpoint", "FORWARDED")] += 1
+    found = counted(one)
+    flows = {key[1:]: n for key, n in found.items() if key[0] == "flows_processed_total"}
+    assert +Counter(flows) == +wanted
+
+
+_made = []
+
+
+def slow_shm(factory):
+    """One for all examples: making one takes long."""
+    if not _made:
+        shm = Shm.create(factory.mktemp("flows"))
+        shm.ports[1]["name"], shm.ports[1]["kind"] = b"pnsk1", value("PORT_POD")
+        shm.ports[1]["address4"], shm.ports[1]["state"] = HERE, value("PORT_ACTIVE")
+        _made.append(shm)
+    return _made[0]
+
+
+def test_a_key_keeps_every_field():
+    assert sum(bits for _, bits in FIELDS) < 63
+    assert _fields((1 << 62) - 1)["source"] == (1 << 11) - 1
