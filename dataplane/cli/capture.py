@@ -9,6 +9,7 @@ both ways, as tcpdump on it would show them; without, each packet once, as it ca
 wants forwarded packets keeps the flow table in XDP at rest meanwhile, which costs throughput.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -199,8 +200,9 @@ def capture(
             else:
                 with open(write, "wb") as file:
                     seen = write_packets(one, file, count, seconds)
-        except BrokenPipeError:
-            return  # Wireshark was closed
+        except BrokenPipeError:  # Wireshark was closed; Python would flush into the pipe again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
     click.echo(f"{seen} packets captured, {one.reader.lost} lost", err=True)
 
 

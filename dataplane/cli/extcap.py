@@ -7,7 +7,7 @@ starts one with a fifo when a person chooses it. deploy/extcap/penstock is such 
 its arguments on to here. `penstock` stands for all devices, `penstock-DEVICE` for one pod.
 """
 
-import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,6 @@ def _capture(
     device = interface.removeprefix(ALL).removeprefix("-")
     reasons = (reason,) if reason else ()
     wanted = asked(config, (filter,), device, 0, verdict, reasons)
-    with open(fifo, "wb") as file, session(config, wanted) as one:
-        try:
+    with suppress(BrokenPipeError):  # the capture was stopped; closing the fifo says it once more
+        with open(fifo, "wb") as file, session(config, wanted) as one:
             write_packets(one, file)
-        except BrokenPipeError:
-            sys.exit(0)  # the capture was stopped
