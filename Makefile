@@ -30,6 +30,8 @@ CLANG      ?= clang
 CC         ?= gcc
 BPF_CFLAGS := -target bpf -mcpu=v3 -O2 -g -Wall -Werror -Ixdp -I/usr/include/$(shell uname -m)-linux-gnu
 BPF_OBJECTS := $(patsubst xdp/bpf/%.bpf.c,$(BUILD)/bpf/%.bpf.o,$(wildcard xdp/bpf/*.bpf.c))
+DESCRIPTORS := $(BUILD)/proto/hubble.binpb
+PROTOS     := dataplane/observe/api
 PROGRAMS   := $(addprefix $(BUILD)/bin/,penstock-cni penstock-rr penstock-frames penstock-replay)
 
 # apt once per set of packages: the stamp's name carries the set.
@@ -45,7 +47,7 @@ help: ## List the targets
 
 setup: $(STAMP_RUN) $(BUILD)/.venv ## Install Debian packages, make the virtual environment
 
-build: setup $(BPF_OBJECTS) $(PROGRAMS) ## Compile the BPF programs and the small C programs
+build: setup $(BPF_OBJECTS) $(PROGRAMS) $(DESCRIPTORS) ## Compile BPF programs, small C programs, proto files
 
 warm: build ## Compile the numba kernels into the cache (with progress)
 	$(BIN)/python -m dataplane.engine.warm
@@ -86,7 +88,7 @@ engine: warm ## The engine alone, from memory: ns per packet and stage
 	$(BIN)/python -m bench.engine
 
 clean: ## Remove what was built, keep the virtual environment
-	rm -rf $(BUILD)/bpf $(BUILD)/bin $(BUILD)/cache
+	rm -rf $(BUILD)/bpf $(BUILD)/bin $(BUILD)/proto $(BUILD)/cache
 
 distclean: ## Remove everything that was built or installed here
 	rm -rf $(BUILD) $(VENV)
@@ -138,3 +140,7 @@ $(BUILD)/ovs: | $(STAMP_BENCH)
 	  echo "Open vSwitch cannot be fetched (build/apt.log): it will be skipped"
 	fi
 	cd - >/dev/null && mv $@.part $@
+
+$(DESCRIPTORS): $(wildcard $(PROTOS)/*/*.proto) | $(BUILD)/.venv
+	mkdir -p $(@D)
+	$(BIN)/python -m grpc_tools.protoc -I $(PROTOS) --include_imports --descriptor_set_out=$@ $^

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def find(name: str) -> Path:
     """Return the path of `penstock.bpf.o`, `penstock-cni`, ...; FileNotFoundError says the fix."""
-    folders = [ROOT / "build" / "bpf", ROOT / "build" / "bin"]
+    folders = [ROOT / "build" / name for name in ("bpf", "bin", "proto")]
     if given := os.environ.get("PENSTOCK_LIB_DIR"):
         folders.insert(0, Path(given))
     for folder in folders:

@@ -1,4 +1,4 @@
-"""penstock run, agent, forwarder.
+"""penstock run, agent, forwarder, observer.
 
 Rule: a configuration error ends with status 78, which no supervisor restarts.
 
@@ -56,3 +56,13 @@ def forwarder(config: Any, path: Path | None) -> None:
     with hold(config.run_dir / "forwarder.lock"):
         status = process.main(config)
     sys.exit(status)
+
+
+@click.command()
+@config_option
+def observer(config: Any, path: Path | None) -> None:
+    """Run the observer alone: it keeps and serves flows."""
+    from dataplane.daemon import observer as process
+
+    _setup(config)
+    sys.exit(process.main(config))

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from dataplane.control.sections import Observe
+from dataplane.control.sections import Section as _Section
 from xdp.abi import CONST
 
 FLOW_SLOTS_LEAST, FLOW_SLOTS_MOST = CONST["FLOW_SLOTS_LEAST"], CONST["FLOW_SLOTS_MOST"]
@@ -37,10 +39,6 @@ EXCLUDED = (
 
 class ConfigError(Exception):
     """The file cannot be used; the message names file, option and limit."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Cni(_Section):
@@ -319,6 +317,7 @@ class Config(_Section):
     masquerade: Masquerade = Field(default_factory=Masquerade)
     conntrack: Conntrack = Field(default_factory=Conntrack)
     metrics: Metrics = Field(default_factory=Metrics)
+    observe: Observe = Field(default_factory=Observe)
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least level that is logged"
     )

@@ -38,6 +38,7 @@ def node_row(config: Config, me: Here, host_port: int) -> dict[str, Any]:
         "flow_slots": _power(options.flow_entries) if options.flow_table else 0,
         **_translation(config, me),
         **_tracking(config),
+        **_telling(config),
     }
 
 
@@ -83,6 +84,16 @@ def _tracking(config: Config) -> dict[str, Any]:
         seconds[value(name)] = timeout
     records = _power(max(config.conntrack.max, CONST["CONNECTIONS_LEAST"]))
     return {"connections": records, "timeout_s": tuple(seconds)}
+
+
+def _telling(config: Config) -> dict[str, int]:
+    """Which events the forwarder tells."""
+    observe = config.observe
+    skipped = ("new", "change", "end") if not observe.enabled else observe.skip
+    return {
+        "events_off": sum(1 << value(f"EVENT_{kind.upper()}") for kind in set(skipped)),
+        "sample_shift": _power(observe.sample).bit_length() - 1 if observe.sample else 0,
+    }
 
 
 def _power(number: int) -> int:

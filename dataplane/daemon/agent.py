@@ -108,6 +108,8 @@ class Agent:
         self._pool_error = ""
         self._serving = False
         self._port_errors: dict[str, str] = {}
+        self._pods_seen: tuple[Any, ...] = ()
+        self._pods_version = 0
 
     # --- what the parts ask of each other ---------------------------------------------------------
 
@@ -234,6 +236,8 @@ class Agent:
                 return [views.endpoint(endpoint) for endpoint in self.endpoints]
             case "nodes":
                 return [views.node(node) for node in self.objects.nodes.values()]
+            case "pods":
+                return self._pods(args.get("known"))
             case "plan":
                 return [str(action) for action in await self.reconciler.plan_only()]
             case "why":
@@ -244,6 +248,16 @@ class Agent:
                     "leases": [views.lease(lease) for lease in self.ipam.leases()],
                 }
         raise ValueError(f"unknown operation {op!r}")
+
+    def _pods(self, known: Any) -> dict[str, Any] | None:
+        """Return all pods with addresses, None when these are the `known` ones still."""
+        attached = tuple(self.endpoints)
+        if (self.objects.pods, attached) != self._pods_seen:
+            self._pods_seen = (self.objects.pods, attached)
+            self._pods_version = time.time_ns()
+        if known == self._pods_version:
+            return None
+        return {"version": self._pods_version, "pods": views.pods(self.objects, attached)}
 
     async def status(self) -> dict[str, Any]:
         """Return what `penstock status` shows."""

@@ -1,7 +1,7 @@
-"""`penstock run`: starts the agent and the forwarder, and starts them again.
+"""`penstock run`: starts agent, forwarder and observer, and starts them again.
 
-Rule: the two processes never depend on this one; killed together with it, they are taken up by
-the next run.
+Rule: the processes never depend on this one; killed together with it, they are taken up by the
+next run.
 
 Theory. A child that dies is restarted after a pause that grows from 0.1 s to 10 s; one that ran
 for a while starts afresh. Exit status 78 (EX_CONFIG) is not restarted: the message stands, the
@@ -151,11 +151,13 @@ async def _run(config: Config, path: Path | None) -> int:
     store = Store()
     store.listen()
     agent, forwarder = Child("agent", path), Child("forwarder", path, store)
-    keepers = [asyncio.create_task(child.keep(stop)) for child in (agent, forwarder)]
+    others = [Child("observer", path)] if config.observe.enabled else []
+    children = (agent, forwarder, *others)
+    keepers = [asyncio.create_task(child.keep(stop)) for child in children]
     watcher = asyncio.create_task(_watch(config, forwarder, stop))
     await stop.wait()
     notify("STOPPING=1")
-    await agent.end()
+    await asyncio.gather(agent.end(), *(child.end() for child in others))
     await forwarder.end()
     await asyncio.gather(*keepers, watcher)
     return EX_CONFIG if EX_CONFIG in (agent.status, forwarder.status) else 0

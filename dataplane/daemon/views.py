@@ -5,9 +5,11 @@ Rule: JSON types only.
 Theory. The command line prints these as tables or passes them through with -o json.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from dataplane.cni.endpoints import Endpoint
+from dataplane.objects.collect import Objects
 from dataplane.objects.core import Node
 
 
@@ -33,6 +35,31 @@ def node(one: Node) -> dict[str, Any]:
         "internal_ips": [str(address) for address in one.internal_ips],
         "pod_cidrs": [str(cidr) for cidr in one.pod_cidrs],
     }
+
+
+def pods(objects: Objects, endpoints: Iterable[Endpoint]) -> list[dict[str, Any]]:
+    """Return who has which addresses: pods of this node as attached, others as their objects say.
+
+    number: the endpoint's, 0 on other nodes.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for pod in objects.pods.values():
+        if not pod.host_network and not pod.over:
+            found[pod.namespace, pod.name] = {
+                "namespace": pod.namespace,
+                "name": pod.name,
+                "number": 0,
+                "node": pod.node,
+                "addresses": [str(address) for address in pod.ips],
+            }
+    for one in endpoints:
+        key = one.pod_namespace, one.pod_name
+        if not one.pod_name:
+            continue
+        row = found.setdefault(key, {"namespace": key[0], "name": key[1], "node": ""})
+        addresses = [str(address) for address in (one.address4, one.address6) if address]
+        row |= {"number": one.number, "addresses": addresses}
+    return list(found.values())
 
 
 def lease(one: Any) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def read(path: Path) -> sqlite3.Connection | None:
     """Open the book for reading only; None when there is none."""
     if not path.exists():
         return None
-    return sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    return sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False)
 
 
 def attributions(

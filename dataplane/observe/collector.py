@@ -1,0 +1,158 @@
+"""Takes events out of the forwarder's rings into the store.
+
+Rule: one thread writes directory and store; whoever asks only reads, and never holds it up.
+
+Theory. Every POLL_S the rings are copied, spread over columns, joined by time, and given the
+numbers of their pods. A pod's name may come later than its first packets, so what came lately is
+named once more when the directory has changed. Questions that follow wait for a condition. What the
+rings have lost is kept as numbers with the time at which that was seen.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+
+import numpy as np
+
+from dataplane.observe.columns import NOBODY, Columns, clock_offset_ns, joined, spread
+from dataplane.observe.directory import Address, Directory, End
+from dataplane.observe.store import Store
+from dataplane.tables.events import EventReader
+from dataplane.tables.shm import Shm
+
+POLL_S = 0.02
+MOST = 32768  # records of a ring at once
+LATE_NS = 5_000_000_000  # so long after a flow its pod may still be named
+LOSSES_KEPT = 1024
+RATE_S = 60
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Events that nobody could read. at: absolute number of the flow that came next."""
+
+    ring: int
+    count: int
+    at: int
+    wall_ns: int
+
+
+class Collector:
+    """Store, directory, and the thread that fills them."""
+
+    def __init__(self, shm: Shm, capacity: int, names: Callable[[], Any] = lambda: None) -> None:
+        """capacity: flows kept. names: returns rows of pods when these have changed, else None.
+
+        A row: {"namespace", "name", "number", "node", "addresses"}; number: 0 on other nodes.
+        """
+        self._names = names
+        self._reader = EventReader(shm)
+        self.epoch = self._reader.epoch
+        self.store = Store(capacity)
+        self.directory = Directory()
+        self.changed = threading.Condition()
+        self.losses: deque[Loss] = deque(maxlen=LOSSES_KEPT)
+        self.lost = 0
+        self.started_ns = time.time_ns()
+        self.sinks: list[Callable[[Columns], None]] = []  # get what comes, named
+        self._held: dict[Address, End] = {}
+        self._seen: deque[tuple[float, int]] = deque()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with self.changed:
+            self.changed.notify_all()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether no more flows will come."""
+        return self._stop.is_set()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            if not self.turn():
+                self._stop.wait(POLL_S)
+
+    def turn(self) -> bool:
+        """Take what is there; return whether there may be more. Not called beside the thread."""
+        rows = self._names()
+        if rows is not None:
+            self._know(rows)
+        offset = clock_offset_ns()
+        parts, more = [], False
+        for batch in self._reader.read(MOST):
+            more |= len(batch.records) + batch.lost >= MOST
+            if batch.lost:
+                self.lost += batch.lost
+                loss = Loss(batch.ring, batch.lost, self.store.head, time.time_ns())
+                self.losses.append(loss)
+            if len(batch.records):
+                parts.append(spread(batch.records, batch.ring, batch.first, offset))
+        if parts:
+            self._add(joined(parts))
+        return more
+
+    def _add(self, flows: Columns) -> None:
+        self.directory.name(flows)
+        self.store.append(flows)
+        for sink in self.sinks:
+            sink(flows)
+        with self.changed:
+            self.changed.notify_all()
+        now = time.monotonic()
+        self._seen.append((now, self.store.head))
+        while len(self._seen) > 2 and self._seen[1][0] < now - RATE_S:
+            self._seen.popleft()
+
+    @property
+    def rate(self) -> float:
+        """Flows a second of the last minute."""
+        since, before = self._seen[0] if self._seen else (time.monotonic(), self.store.head)
+        return (self.store.head - before) / max(1.0, time.monotonic() - since)
+
+    # --- names ------------------------------------------------------------------------------------
+
+    def _know(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Bring the directory in line with all pods that there are."""
+        fresh: dict[Address, End] = {}
+        for row in rows:
+            end = End(row["namespace"], row["name"], number=row["number"], node=row["node"])
+            fresh |= {_key(text): end for text in row["addresses"]}
+        now = time.time_ns()
+        for address in self._held.keys() - fresh.keys():
+            self.directory.hold(address, None, now)
+        for address, end in fresh.items():
+            if self._held.get(address) != end:
+                self.directory.hold(address, end, now)
+        self._held = fresh
+        oldest = next(self.store.oldest(), None)
+        self.directory.forget(int(oldest.wall_ns[0]) if oldest is not None else now)
+        self._name_late(now - LATE_NS)
+
+    def _name_late(self, since_ns: int) -> None:
+        for part in self.store.newest():
+            if int(part.wall_ns[-1]) < since_ns:
+                break
+            for side in ("source", "target"):
+                ends = part.arrays[f"{side}_end"]
+                some = np.flatnonzero((ends == NOBODY) & (part.wall_ns >= since_ns))
+                where = (part.arrays[f"{side}_{half}"][some] for half in ("hi", "lo"))
+                ends[some] = self.directory.find(part.family[some], *where)
+
+
+def _key(text: str) -> Address:
+    address = ip_address(text)
+    return address.version, int(address) >> 64, int(address) & ((1 << 64) - 1)
