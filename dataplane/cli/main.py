@@ -30,7 +30,7 @@ COMMANDS = {
     "trace": ("capture", "The next packets of a flow through every stage"),
     "extcap": ("extcap", "Pods as interfaces in Wireshark"),
     "observe": ("observe", "Flows, as `hubble observe` shows them"),
-    "policy": ("policy", "Network policies: get, why SRC DST PORT, lint"),
+    "policy": ("policy", "Network policies: get, why SRC DST PORT, try FILE, lint"),
     "identity": ("policy", "Identities and their labels"),
     "ip": ("policy", "Identities of addresses: list, or get ADDRESS"),
     "lb": ("services", "Services: frontends, backends, Maglev tables"),

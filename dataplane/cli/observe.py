@@ -75,6 +75,8 @@ def _filter_options(function: Callable) -> Callable:
 @click.option("--ip-translation/--no-ip-translation", default=True, help="Names for addresses.")
 @click.option("--field-mask", help="Only these members of flow.Flow, separated by commas.")
 @click.option("--print-raw-filters", is_flag=True, help="Show the filters and end.")
+@click.option("--input", "--input-file", "input_path", type=click.Path(path_type=Path),
+              help="Recorded flows: a Parquet file or a folder of them.")  # fmt: skip
 @click.option("--server", help="host:port or unix:///PATH instead of this node's observer.")
 @click.option("--tls-ca-cert-file", type=FILE, help="The server has TLS, with this authority.")
 @click.option("--tls-client-cert-file", type=FILE, help="And wants this certificate,")
@@ -111,7 +113,12 @@ def observe(config: Any, path: Path | None, **options: Any) -> None:
         if options["ask_status"]:
             _status(_channel(config, options))
             return
-        for line in printer.lines(_answers(_channel(config, options), request)):
+        answers = (
+            _recorded(options["input_path"], request)
+            if options["input_path"]
+            else _answers(_channel(config, options), request)
+        )
+        for line in printer.lines(answers):
             click.echo(line)
     except KeyboardInterrupt:
         sys.exit(0)
@@ -143,6 +150,14 @@ def _request(options: dict[str, Any]) -> Any:
     if options["field_mask"]:
         request.field_mask.paths.extend(options["field_mask"].split(","))
     return request
+
+
+def _recorded(path: Path, request: Any) -> Iterator[Any]:
+    from dataplane.observe.past import answers
+
+    if request.follow:
+        raise click.UsageError("--follow and --input exclude each other: a file does not grow")
+    yield from answers(path, request)
 
 
 def _channel(config: Any, options: dict[str, Any]) -> Any:

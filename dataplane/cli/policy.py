@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from dataplane.cli.common import ListGroup, ask, config_option, output_option, show
+from dataplane.cli.trial import try_
 
 ENTRY_COLUMNS = ("direction", "peers", "protocol", "ports", "action", "answer", "by", "group")
 ADDRESS_COLUMNS = ("prefix", "identity", "labels", "group", "flags")
@@ -155,6 +156,9 @@ def _explainer(config: Any, folder: Path | None, whole: bool = False) -> Any:
     options = PolicyOptions(config.policy.enforcement, config.policy.cidr_match)
     view = LocalView(config.node.name, endpoints=local, clusters=tuple(config.network.clusters))
     return Explainer(objects, options, view), bool(source.errors)
+
+
+policy.add_command(try_)
 
 
 @policy.command()

@@ -1,6 +1,8 @@
 """Sections of the configuration that stand for themselves, and what all sections are.
 
 Rule: as config.py: every option has a default, a meaning and a check.
+
+Theory. config.py puts the sections together; a section that needs nothing of the others stands here.
 """
 
 from pathlib import Path

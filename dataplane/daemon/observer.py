@@ -20,10 +20,12 @@ from dataplane.daemon.engines import NAMES, RULES
 from dataplane.daemon.lock import hold
 from dataplane.observe.book import LiveBook
 from dataplane.observe.collector import Collector
+from dataplane.observe.history import History, Origin
 from dataplane.observe.service import Observer, Peer, Server, credentials
+from dataplane.tables.events import epoch
 from dataplane.tables.shm import Shm
 
-SOCKET = "hubble.sock"
+SOCKET, HISTORY = "hubble.sock", "flows"
 ASK_S, AWAY_S, LOOK_S = 0.25, 2.0, 0.5
 
 log = structlog.get_logger(subsys="observer")
@@ -92,9 +94,9 @@ def main(config: Config) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with hold(config.run_dir / "observer.lock"):
-        shm = _open(config, stop)
-        if shm is not None:
-            _serve(config, shm, stop)
+        while (shm := _open(config, stop)) is not None:
+            _serve(config, shm, stop)  # until the end, or until there are other tables
+            shm.close()
     return 0
 
 
@@ -105,20 +107,41 @@ def _serve(config: Config, shm: Shm, stop: threading.Event) -> None:
     book = LiveBook(shm, shm.folder / RULES, shm.folder / NAMES)
     observer = Observer(source, book, config.node.name)
     server = Server(observer, Peer(lambda: roster.peers, lambda: not source.stopped))
+    history = _history(config, Origin(source.directory, book, config.node.name, source.epoch))
+    if history is not None:
+        source.sinks.append(history.add)
     server.listen_unix(config.run_dir / SOCKET)
     if options.listen:
         _listen(config, server)
     for part in (roster, source, server):
         part.start()
     log.info("keeps flows", most=source.store.capacity, socket=str(config.run_dir / SOCKET))
-    told = 0
-    while not stop.wait(LOOK_S):
+    told, problem = 0, ""
+    while not stop.wait(LOOK_S) and epoch(shm) == source.epoch:
         if source.lost != told:
             log.warning("events lost", lost=source.lost - told, since_start=source.lost)
             told = source.lost
+        if history is not None:
+            history.turn()
+            if history.problem not in (problem, ""):
+                log.error("no history", error=history.problem)
+            problem = history.problem
     roster.close()
     source.close()
+    if history is not None:
+        history.flush()
     server.stop()
+
+
+def _history(config: Config, origin: Origin) -> History | None:
+    options, folder = config.observe, config.state_dir / HISTORY
+    if not options.history_mb:
+        return None
+    try:
+        return History(folder, options.history_mb << 20, options.history_hours * 3600, origin)
+    except OSError as error:
+        log.error("no history", folder=str(folder), error=str(error))
+        return None
 
 
 def _listen(config: Config, server: Server) -> None:

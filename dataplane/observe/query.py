@@ -9,12 +9,14 @@ that come behind that, each part as it comes. Meanings are those of Hubble's Get
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from dataplane.observe.collector import Collector, Loss
 from dataplane.observe.columns import Columns
-from dataplane.observe.filters import Filter
+from dataplane.observe.filters import Filter, FilterError
+from dataplane.observe.protocol import message
 from dataplane.observe.store import Store
 
 WAIT_S = 0.5  # a question that follows looks so often whether its client is still there
@@ -30,6 +32,27 @@ class Question:
     since_ns: int = ALL_NS[0]
     until_ns: int = ALL_NS[1]
     follow: bool = False
+
+
+def question(request: Any) -> Question:
+    """Return what a GetFlowsRequest asks for. Raises FilterError."""
+    since = request.since.ToNanoseconds() if request.HasField("since") else ALL_NS[0]
+    until = request.until.ToNanoseconds() if request.HasField("until") else ALL_NS[1]
+    if since > until:
+        raise FilterError(f"since ({since} ns) is behind until ({until} ns)")
+    if request.first and request.follow:
+        raise FilterError("first and follow exclude each other")
+    return Question(request.number, request.first, since, until, request.follow)
+
+
+def field_mask(request: Any) -> Any:
+    """Return the request's mask, None: everything. Raises FilterError."""
+    if not request.HasField("field_mask") or not request.field_mask.paths:
+        return None
+    mask = request.field_mask
+    if not mask.IsValidForDescriptor(message("flow.Flow").DESCRIPTOR):
+        raise FilterError(f"invalid field mask: {', '.join(mask.paths)}")
+    return mask
 
 
 @dataclass(frozen=True)

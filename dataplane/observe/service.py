@@ -23,7 +23,7 @@ from dataplane.observe.collector import Collector, Loss
 from dataplane.observe.filters import Filter, FilterError
 from dataplane.observe.message import CLUSTER, Flows
 from dataplane.observe.protocol import HEALTH, OBSERVER, PEER, VERSION, message
-from dataplane.observe.query import ALL_NS, Question, ask
+from dataplane.observe.query import ask, field_mask, question
 
 CLIENTS_MOST = 32
 REFRESH_S = 1.0
@@ -124,27 +124,6 @@ class Observer:
         answer.num_connected_nodes.value = 1
         answer.num_unavailable_nodes.value = 0
         return answer
-
-
-def question(request: Any) -> Question:
-    """Return what a GetFlowsRequest asks for. Raises FilterError."""
-    since = request.since.ToNanoseconds() if request.HasField("since") else ALL_NS[0]
-    until = request.until.ToNanoseconds() if request.HasField("until") else ALL_NS[1]
-    if since > until:
-        raise FilterError(f"since ({since} ns) is behind until ({until} ns)")
-    if request.first and request.follow:
-        raise FilterError("first and follow exclude each other")
-    return Question(request.number, request.first, since, until, request.follow)
-
-
-def field_mask(request: Any) -> Any:
-    """Return the request's mask, None: everything. Raises FilterError."""
-    if not request.HasField("field_mask") or not request.field_mask.paths:
-        return None
-    mask = request.field_mask
-    if not mask.IsValidForDescriptor(message("flow.Flow").DESCRIPTOR):
-        raise FilterError(f"invalid field mask: {', '.join(mask.paths)}")
-    return mask
 
 
 class Peer:

@@ -7,7 +7,8 @@ Theory. Cilium reports a new connection several times: the verdict at the sender
 receiver, the packet's arrival. Here that is one record, and its *views* are these events. The first
 view is how it is shown if nobody asks otherwise; with a filter for event types or directions the
 first view that fits is shown. So `-t policy-verdict`, `-t drop`, `-t trace` and
-`--traffic-direction` find what they find there, and nothing is counted twice.
+`--traffic-direction` find what they find there, and nothing is counted twice. An end that no policy
+isolates gives no verdict.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataplane.observe.columns import DROP, NEW, REPLY, Columns
+from dataplane.tables.verdicts import RULE_SHIFT
 from xdp.abi import value
 
 TYPE_DROP, TYPE_TRACE, TYPE_VERDICT = 1, 4, 5
@@ -49,8 +51,8 @@ def views_of(flows: Columns, here: np.ndarray) -> Views:
     count = flows.count
     from_here, to_here = here[flows.source_end], here[flows.target_end]
     new, drop = flows.kind == NEW, flows.kind == DROP
-    asked_out = new & (flows.egress_rule != 0)
-    asked_in = new & (flows.ingress_rule != 0)
+    asked_out = new & (flows.egress_rule >> RULE_SHIFT != 0)
+    asked_in = new & (flows.ingress_rule >> RULE_SHIFT != 0)
     refused = drop & np.isin(flows.reason, POLICY_REASONS)
     leaves = np.where(from_here, EGRESS, np.where(to_here, INGRESS, 0))
     arrives = np.where(to_here, INGRESS, np.where(from_here, EGRESS, 0))

@@ -1,4 +1,4 @@
-"""`penstock run` over stand-ins for agent and forwarder: restarts, order of the end, silence."""
+"""`penstock run` over stand-ins for its processes: restarts, order of the end, silence."""
 
 import asyncio
 import json
@@ -165,8 +165,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_the_agent_ends_before_the_forwarder(tmp_path, monkeypatch):
-    names = ("agent", "forwarder")
+def test_agent_and_observer_end_before_the_forwarder(tmp_path, monkeypatch):
+    names = ("agent", "forwarder", "observer")
     made = {name: child(tmp_path, WAITS.format(name=name), name) for name in names}
     monkeypatch.setattr(supervisor, "Child", lambda name, path: made[name])
     monkeypatch.setattr(supervisor, "_announce", lambda config: asyncio.sleep(0, True))
@@ -174,12 +174,14 @@ def test_the_agent_ends_before_the_forwarder(tmp_path, monkeypatch):
 
     async def body():
         running = asyncio.create_task(supervisor._run(config, None))
-        await until(lambda: len(said(tmp_path)) == 2)
+        await until(lambda: len(said(tmp_path)) == 3)
         os.kill(os.getpid(), signal.SIGTERM)
         assert await asyncio.wait_for(running, LIMIT_S) == 0
 
     asyncio.run(body())
-    assert said(tmp_path)[2:] == ["agent ends", "forwarder ends"]
+    *first, last = said(tmp_path)[3:]
+    assert sorted(first) == ["agent ends", "observer ends"]
+    assert last == "forwarder ends"
 
 
 # --- silence --------------------------------------------------------------------------------------

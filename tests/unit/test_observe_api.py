@@ -1,7 +1,7 @@
 """Hubble's API, asked by a client made from the public field numbers alone.
 
-Our server's own proto files are not used here: `client` below writes requests, and reads answers, by
-the numbers that Hubble's public API has (api/v1/flow/flow.proto, api/v1/observer/observer.proto).
+Our server's own proto files are not used here: `client` below writes requests, and reads answers,
+by the numbers of Hubble's public API (api/v1/flow/flow.proto, api/v1/observer/observer.proto).
 """
 
 import time
@@ -119,7 +119,7 @@ class Node:
     def __init__(self, folder) -> None:
         self.shm = Shm.create(folder)
         book = Rulebook(folder / "rules.db")
-        about = '{"kind": "NetworkPolicy", "namespace": "shop", "name": "closed", "direction": "egress"}'
+        about = '{"kind": "NetworkPolicy", "namespace": "shop", "name": "closed"}'
         while (number := book.number(f"rule {len(book)}", about)) < 5:
             pass
         assert number == 5
@@ -175,7 +175,8 @@ def made(tmp_path_factory):
 WEB, DB, PROBE = 0x0A010002, 0x0A010102, 0x0A010003
 NEW, DROP, CHANGE, END = (value(f"EVENT_{name}") for name in ("NEW", "DROP", "CHANGE", "END"))
 SYN, ACK = 2, 16
-ALLOWED = {"egress_rule": CONST["POLICY_ALLOW"], "ingress_rule": CONST["POLICY_ALLOW"]}
+ALLOW = 5 << CONST["POLICY_RULE_SHIFT"] | CONST["POLICY_ALLOW"]
+ALLOWED = {"egress_rule": ALLOW, "ingress_rule": CONST["POLICY_ALLOW"]}
 TO_DB = {"source_lo": WEB, "target_lo": DB, "source_port": 40000, "target_port": 5432,
          "source_identity": 70001, "target_identity": 70002}  # fmt: skip
 
@@ -231,7 +232,6 @@ def test_a_flow_as_the_protocol_has_it(node):
     ]
     assert drop.traffic_direction == 2
     assert "3 packets" in drop.Summary
-    assert udp.l4.WhichOneof is not None
     assert udp.l4.UDP.destination_port == 53
     assert "99 bytes there, 5 packets" in end.Summary
     assert len({flow.uuid for flow in (first, reply, drop, udp, end)}) == 5

@@ -1,0 +1,137 @@
+"""Flows of real pods through the whole chain: forwarder, ring, observer, gRPC, command line."""
+
+import json
+import os
+import signal
+import subprocess
+
+import pytest
+
+from bench.lab import Lab, eventually
+from bench.penstock import Cluster, PodSpec
+from tests.netns.manifests import namespace, network_policy, service, slices
+
+pytestmark = [pytest.mark.root, pytest.mark.net]
+
+VIP = {4: "10.96.7.7", 6: "fd00:96::77"}
+SERVER = (
+    "import http.server, socket\n"
+    "class Server(http.server.ThreadingHTTPServer):\n"
+    "    address_family = socket.AF_INET6\n"
+    "Server(('::', 8080), http.server.SimpleHTTPRequestHandler).serve_forever()\n"
+)
+
+
+@pytest.fixture(scope="module")
+def world():
+    with Lab() as lab:
+        cluster = Cluster(lab).start(nodes=1)
+        node = cluster.nodes[0]
+        cluster.apply("namespaces", namespace("shop"))
+        cluster.web = node.pod("web", PodSpec("shop", {"app": "web"}))
+        cluster.db = node.pod("db", PodSpec("shop", {"app": "db"}))
+        cluster.stranger = node.pod("stranger", PodSpec("shop", {"app": "stranger"}))
+        cluster.db.namespace.spawn("python3", "-c", SERVER)
+        cluster.apply(
+            "service", service("database", list(VIP.values()), [(80, 8080)], space="shop"),
+            *slices("database", [(80, 8080)], [(node.name, cluster.db.addresses)], space="shop"),
+        )  # fmt: skip
+        rule = {
+            "from": [{"podSelector": {"matchLabels": {"app": "web"}}}],
+            "ports": [{"port": 8080}],
+        }
+        chosen = {"matchLabels": {"app": "db"}}
+        cluster.apply(
+            "policy",
+            network_policy(
+                "db", "shop", podSelector=chosen, policyTypes=["Ingress"], ingress=[rule]
+            ),
+        )
+        eventually(lambda: _fetch(cluster.web, f"http://{VIP[4]}/"), "the service")
+        eventually(lambda: not _fetch(cluster.stranger, _direct(cluster, 4)), "the policy")
+        yield cluster
+
+
+def _direct(cluster, family: int) -> str:
+    address = cluster.db.addresses[family]
+    return f"http://{f'[{address}]' if family == 6 else address}:8080/"
+
+
+def _fetch(pod, url: str) -> bool:
+    words = ["curl", "-sfg", "-o", "/dev/null", "--max-time", "2", url]
+    return subprocess.run(pod.namespace.wrap(words), check=False).returncode == 0
+
+
+def observed(cluster, *words: str) -> list[dict]:
+    """Flows that `penstock observe` finds."""
+    said = cluster.nodes[0].command("observe", "-o", "json", *words)
+    return [json.loads(line)["flow"] for line in said.splitlines()]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_an_allowed_connection_names_pods_service_and_policy(world, family):
+    host = f"[{VIP[6]}]" if family == 6 else VIP[4]
+    assert _fetch(world.web, f"http://{host}/")
+    words = ("--from-pod", "shop/web", "--type", "policy-verdict", f"-{family}", "--last", "1")
+    (flow,) = eventually(lambda: observed(world, *words), "the flow")
+    assert (flow["source"]["pod_name"], flow["destination"]["pod_name"]) == ("web", "db")
+    assert "k8s:app=web" in flow["source"]["labels"]
+    assert flow["destination_service"] == {"name": "database", "namespace": "shop"}
+    assert flow["IP"]["destination"] == world.db.addresses[family]
+    assert flow["l4"]["TCP"]["destination_port"] == 8080
+    assert (flow["verdict"], flow["traffic_direction"]) == ("FORWARDED", "INGRESS")
+    (policy,) = flow["ingress_allowed_by"]
+    assert (policy["kind"], policy["name"]) == ("NetworkPolicy", "db")
+
+
+def test_its_end_has_all_bytes(world):
+    assert _fetch(world.web, f"http://{VIP[4]}/")
+    world.nodes[0].command("ct", "flush", "--ip", world.web.addresses[4])
+
+    def ended():
+        words = ("--from-pod", "shop/web", "-4", "--type", "trace", "--last", "1000")
+        found = observed(world, *words)
+        return [flow for flow in found if flow["extensions"]["event"] == "end"]
+
+    flow = eventually(ended, "the end")[-1]
+    more = flow["extensions"]
+    assert int(more["packets"]) >= 4
+    assert int(more["reply_bytes"]) > 200
+    assert "ended after" in flow["Summary"]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_denied_one_names_who_denies_it(world, family):
+    assert not _fetch(world.stranger, _direct(world, family))
+    words = ("--pod", "shop/stranger", "--verdict", "DROPPED", f"-{family}", "--last", "1")
+    (flow,) = eventually(lambda: observed(world, *words), "the drop")
+    assert flow["drop_reason_desc"] == "POLICY_DENIED"
+    assert flow["source"]["pod_name"] == "stranger"
+    (policy,) = flow["ingress_denied_by"]
+    assert (policy["namespace"], policy["name"]) == ("shop", "db")
+
+
+def test_the_lines_that_people_know(world):
+    assert not _fetch(world.stranger, _direct(world, 4))
+    words = ("--pod", "shop/stranger", "--verdict", "DROPPED", "--print-policy-names")
+    line = eventually(lambda: world.nodes[0].command("observe", *words), "it").splitlines()[-1]
+    assert "shop/stranger:" in line
+    assert "<> shop/db:8080 (ID:" in line
+    assert "Policy denied DROPPED (TCP Flags: SYN" in line
+    assert "INGRESS DENIED BY NetworkPolicy shop/db" in line
+
+
+def test_an_observer_that_is_killed_comes_again_with_what_the_rings_hold(world):
+    assert _fetch(world.web, f"http://{VIP[4]}/")
+    before = world.nodes[0].pid("forwarder")
+    os.kill(world.nodes[0].pid("observer"), signal.SIGKILL)
+    assert _fetch(world.web, f"http://{VIP[4]}/"), "nobody waits for it"
+
+    def again():
+        try:
+            return observed(world, "--from-pod", "shop/web", "--last", "1")
+        except Exception:  # it is not there yet
+            return None
+
+    assert eventually(again, "the observer")[0]["destination"]["pod_name"] == "db"
+    assert world.nodes[0].pid("forwarder") == before
