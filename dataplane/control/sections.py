@@ -2,7 +2,7 @@
 
 Rule: as config.py: every option has a default, a meaning and a check.
 
-Theory. config.py puts the sections together; a section that needs nothing of the others stands here.
+Theory. config.py puts the sections together; one that needs nothing of the others stands here.
 """
 
 from pathlib import Path

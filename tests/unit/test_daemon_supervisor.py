@@ -168,7 +168,7 @@ def alive(pid: int) -> bool:
 def test_agent_and_observer_end_before_the_forwarder(tmp_path, monkeypatch):
     names = ("agent", "forwarder", "observer")
     made = {name: child(tmp_path, WAITS.format(name=name), name) for name in names}
-    monkeypatch.setattr(supervisor, "Child", lambda name, path: made[name])
+    monkeypatch.setattr(supervisor, "Child", lambda name, *_: made[name])
     monkeypatch.setattr(supervisor, "_announce", lambda config: asyncio.sleep(0, True))
     config = Config.model_validate({"node": {"run_dir": str(tmp_path / "run")}})
 
