@@ -60,7 +60,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("names", nargs=-1)
-@click.option("--quick", is_flag=True, help="The quick scenarios, two short turns: two minutes.")
+@click.option(
+    "--quick", is_flag=True, help="Short: two turns, one case a list, fewer peers: two minutes."
+)
 @click.option("--runs", type=click.IntRange(1), help="Turns.  [default: 5, quick: 2]")
 @click.option("--seconds", type=float, help="A measurement's window.  [default: 1, quick: 0.4]")
 @click.option("--subject", "subjects", multiple=True, help="Only these, by name.")
@@ -98,7 +100,7 @@ def run(
         searches.CSIT if csit else searches.QUICK,
     )
     driver(driver_name)
-    asked = Options(runs or (2 if quick else 5), how, subjects)
+    asked = Options(runs or (2 if quick else 5), quick, how, subjects)
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     work, started = Run(chosen, asked, console), time.time()
@@ -190,6 +192,15 @@ def trex(
     from bench.trex.server import serve
 
     serve([Device.parse(text) for text in devices], host, sync_port, async_port, cpus)
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def engine(words: tuple[str, ...]) -> None:
+    """The engine alone, packets from memory: ns a packet and stage (--quick, --flows, --json)."""
+    from bench.engine import main as measure
+
+    sys.exit(measure(list(words)))
 
 
 @main.command("report")

@@ -5,8 +5,9 @@ Rule: subjects take turns within each case; a peer that is not there is skipped 
 Theory. Cases that share a place share its subjects, so what is costly to build is built once. Every
 turn measures every case with every subject, beginning with another subject each time, so that a
 slow minute slows all of them and nobody always follows the same neighbour. The counters of Penstock
-are read at quiet moments around each measurement. Labs clean up after themselves, also when this
-process is killed (lab.py); a signal ends the run and keeps what has been found.
+are read at a quiet moment after each measurement and balanced since the last such moment. Labs
+clean up after themselves, also when this process is killed (lab.py); a signal ends the run and
+keeps what has been found.
 """
 
 import time
@@ -38,15 +39,16 @@ class Options:
     """What the command line says."""
 
     runs: int = 5
+    quick: bool = False  # one case a list, the subjects that matter most
     how: How = field(default_factory=How)
     subjects: Sequence[str] = ()
 
 
-def by_place(scenarios: Sequence[Scenario]) -> dict[Place, list[Case]]:
+def by_place(scenarios: Sequence[Scenario], quick: bool = False) -> dict[Place, list[Case]]:
     """Return the cases of all scenarios, those of one place together."""
     found: dict[Place, list[Case]] = {}
     for scenario in scenarios:
-        for case in cases(scenario):
+        for case in cases(scenario, quick):
             found.setdefault(case.place, []).append(case)
     return found
 
@@ -58,6 +60,7 @@ class Run:
         """scenarios: by name what is measured."""
         self.results = Results()
         self._scenarios = {one.name: one for one in scenarios}
+        self._quiet: dict[int, list[balance.Snapshot]] = {}
         self._options, self._console = options, console
         for one in scenarios:
             self.results.scenarios[one.name] = {
@@ -69,19 +72,20 @@ class Run:
 
     def go(self) -> None:
         """Measure everything."""
-        for place, found in by_place(list(self._scenarios.values())).items():
+        for place, found in by_place(list(self._scenarios.values()), self._options.quick).items():
             with ExitStack() as stack:
                 made = self._build(stack, place, found)
                 self._turns(made, place, found)
+            self._quiet.clear()
 
     # --- building ---------------------------------------------------------------------------------
 
     def _wanted(self, kind: type[Subject], case: Case) -> bool:
-        named = self._scenarios[case.scenario].subjects
+        named, asked = self._scenarios[case.scenario].subjects, self._options.subjects
         return (
             case.measure in kind.measures
             and (not named or kind.name in named)
-            and (not self._options.subjects or kind.name in self._options.subjects)
+            and (kind.name in asked if asked else kind.quick or not self._options.quick)
         )
 
     def _build(self, stack: ExitStack, place: Place, found: list[Case]) -> list[Subject]:
@@ -144,10 +148,10 @@ class Run:
     def _measure(self, turn: int, subject: Subject, case: Case, memo: Memo) -> None:
         stick = machine.yardstick()
         try:
-            before = self._snapshots(subject)
+            before = self._quiet.get(id(subject)) or self._snapshots(subject)
             found = measure(subject, case, self._options.how, memo)
             self._keep(turn, subject, case, found, stick)
-            after = self._snapshots(subject)
+            after = self._quiet[id(subject)] = self._snapshots(subject)
         except FAILURES as error:
             where = f"turn {turn + 1}, {case.scenario}, {case.place}, {case.label}, {subject.name}"
             self._skip(f"{where}: {_one_line(error)}")

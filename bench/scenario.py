@@ -186,18 +186,19 @@ class Case:
         return ": ".join([WORDS[self.measure], ", ".join(words)]).removesuffix(": ")
 
 
-def cases(scenario: Scenario) -> list[Case]:
-    """Return every case of a scenario: the product of its lists."""
+def cases(scenario: Scenario, quick: bool = False) -> list[Case]:
+    """Return every case of a scenario: the product of its lists; quick: their last values only."""
+    many = (lambda given: _many(given)[-1:]) if quick else _many
     features, traffic = scenario.features, scenario.traffic
     places = [
         Place(scenario.topology, family, scenario.mtu, rules, services, features.masquerade, pods)
         for family, rules, services, pods in product(
-            *map(_many, (scenario.family, features.policy, features.services, features.pods))
+            *map(many, (scenario.family, features.policy, features.services, features.pods))
         )
     ]
     found: dict[Case, None] = {}
     for place, measure, size, flows, connections in product(
-        places, scenario.measure, *map(_many, (traffic.size, traffic.flows, traffic.connections))
+        places, scenario.measure, *map(many, (traffic.size, traffic.flows, traffic.connections))
     ):
         frames = measure in FRAMES
         bits = NAT_BITS if place.masquerade else SOURCE_BITS

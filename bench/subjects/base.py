@@ -48,6 +48,7 @@ class Subject:
     name: ClassVar[str] = ""
     remark: ClassVar[str] = ""
     measures: ClassVar[frozenset[Measure]] = FRAMES | PROGRAMS
+    quick: ClassVar[bool] = True  # part of a quick run
     stateful: ClassVar[bool] = True  # remembers flows: they are to be answered once before
 
     def __init__(self, lab: Lab, place: Place) -> None:

@@ -97,6 +97,7 @@ class KernelSteered(Kernel):
 
     name = "linux, steered"
     remark = "RPS: forwarding on the other core"
+    quick = False
     measures = FRAMES
 
     def build(self) -> tuple[End, End]:
@@ -144,6 +145,7 @@ class KernelNftEach(KernelNft):
 
     name = "linux + nft, every packet"
     remark = "the rules stand before `ct state established`: every packet walks through all of them"
+    quick = False
 
     each = True
     measures = FRAMES

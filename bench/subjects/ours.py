@@ -107,6 +107,7 @@ class PenstockVector(Penstock):
 
     name = "penstock, flow table off"
     remark = "every packet through AF_XDP and the kernels"
+    quick = False
     forwarder: ClassVar[dict[str, Any]] = {"flow_table": "off"}
 
     @classmethod

@@ -91,6 +91,7 @@ class Ovs(Subject):
 
     name = "ovs afxdp"
     remark = "Open vSwitch, userspace datapath over AF_XDP; polls the other core; MTU 1500"
+    quick = False
     stateful = False
 
     @classmethod

@@ -33,6 +33,7 @@ class Ceiling(_Plain):
 
     name = "generator alone"
     remark = "what can be offered"
+    quick = False
     measures = frozenset({"most"})
 
     def build(self) -> tuple[End, End]:
@@ -94,4 +95,5 @@ class TestpmdPacket(TestpmdXdp):
 
     name = "testpmd af_packet"
     remark = "the same over AF_PACKET rings"
+    quick = False
     device: ClassVar[str] = "af_packet"

@@ -124,3 +124,21 @@ def test_what_is_not_supported_is_said(seen):
     assert "8996 bytes" in large
     assert "14..3400" in large
     assert "vxlan" in vxlan
+
+
+def test_the_driver_measures_a_wire(tmp_path):
+    """The harness drives our server by TRex's client. (In a process of its own: scapy is here.)"""
+    pytest.importorskip("lbr_trex_client")
+    scenario, results = tmp_path / "wire.yaml", tmp_path / "results.json"
+    scenario.write_text(
+        "title: a wire\ntopology: same\nmeasure: [most, latency]\n"
+        "traffic: {size: imix, flows: 100}\n"
+    )
+    words = [sys.executable, "-m", "bench", str(scenario), "--driver", "trex", "--no-html"]
+    words += ["--runs", "1", "--seconds", "0.3", "--subject", "xdp redirect", "-o", str(results)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = json.loads(results.read_text())
+    found = {row["quantity"]: row["median"] for row in whole["rows"]}
+    assert found["pps"] > 0, whole["skipped"]
+    assert 0 < found["p50_10_us"] <= found["p99_10_us"]
