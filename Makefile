@@ -19,12 +19,15 @@ export PYTHONPATH := $(CURDIR)
 # Debian packages, by what needs them.
 PACKAGES_RUN   := clang llvm gcc libc6-dev libbpf-dev libelf-dev zlib1g-dev linux-libc-dev \
                   python3 python3-venv python3-dev iproute2 ethtool iputils-ping curl iperf3 procps ca-certificates libpcap0.8
-PACKAGES_TEST  := tshark podman containerd runc containernetworking-plugins busybox-static tcpdump nftables \
+PACKAGES_TEST  := tshark chromium-headless-shell podman containerd runc containernetworking-plugins busybox-static tcpdump nftables \
                   iputils-arping ndisc6 util-linux git shellcheck dnsmasq-base bind9-dnsutils
 PACKAGES_BENCH := dpdk-dev librte-net-af-xdp23 librte-net-af-packet23 nftables dnsperf dnsmasq-base \
                   libunbound8 libxdp1 libcap-ng0 libnuma1 linux-perf
-# Open vSwitch's package would start a service and enable it for ever: it is unpacked, not installed.
-PACKAGES_UNPACKED := openvswitch-switch openvswitch-common
+# Chromium is 100 MB to fetch: the only judge of the web page that is not ours.
+# The packages of Open vSwitch and Prometheus would start services and enable them for ever: they are
+# unpacked, not installed.
+PACKAGES_OVS   := openvswitch-switch openvswitch-common
+PACKAGES_PROM  := prometheus
 
 CLANG      ?= clang
 CC         ?= gcc
@@ -33,6 +36,17 @@ BPF_OBJECTS := $(patsubst xdp/bpf/%.bpf.c,$(BUILD)/bpf/%.bpf.o,$(wildcard xdp/bp
 DESCRIPTORS := $(BUILD)/proto/hubble.binpb
 PROTOS     := dataplane/observe/api
 PROGRAMS   := $(addprefix $(BUILD)/bin/,penstock-cni penstock-rr penstock-frames penstock-replay)
+
+define unpack
+	rm -rf $@.part && mkdir -p $@.part
+	cd $@.part
+	if apt-get download -q $(1) >>../apt.log 2>&1; then
+	  for package in *.deb; do dpkg-deb -x "$$package" . && rm "$$package"; done
+	else
+	  echo "$(1) cannot be fetched (build/apt.log): what needs it will be skipped"
+	fi
+	cd - >/dev/null && mv $@.part $@
+endef
 
 # apt once per set of packages: the stamp's name carries the set.
 stamp = $(BUILD)/.apt-$(shell echo $(1) | md5sum | cut -c1-12)
@@ -55,10 +69,10 @@ warm: build ## Compile the numba kernels into the cache (with progress)
 run: warm ## Two nodes, four pods: ping, curl, iperf3, a service, a policy; a live view (ONCE=1 exits)
 	$(BIN)/python -m bench.demo $(if $(ONCE),--once)
 
-test: $(STAMP_TEST) warm ## The whole suite (root tests run in fresh network namespaces)
+test: $(STAMP_TEST) $(BUILD)/prometheus warm ## The whole suite (root tests run in fresh network namespaces)
 	$(BIN)/python -m pytest tests $(PYTEST)
 
-test-again: $(STAMP_TEST) warm ## Only the tests that failed last time
+test-again: $(STAMP_TEST) $(BUILD)/prometheus warm ## Only the tests that failed last time
 	$(BIN)/python -m pytest tests --last-failed --last-failed-no-failures none $(PYTEST)
 
 lint: build $(STAMP_TEST) ## Formatter, linter, types, import directions, shell
@@ -132,14 +146,10 @@ $(BUILD)/bin/penstock-%: bench/%.c | $(STAMP_RUN)
 	$(CC) -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -o $@ $<
 
 $(BUILD)/ovs: | $(STAMP_BENCH)
-	rm -rf $@.part && mkdir -p $@.part
-	cd $@.part
-	if apt-get download -q $(PACKAGES_UNPACKED) >>../apt.log 2>&1; then
-	  for package in *.deb; do dpkg-deb -x "$$package" .; done
-	else
-	  echo "Open vSwitch cannot be fetched (build/apt.log): it will be skipped"
-	fi
-	cd - >/dev/null && mv $@.part $@
+	$(call unpack,$(PACKAGES_OVS))
+
+$(BUILD)/prometheus: | $(STAMP_TEST)
+	$(call unpack,$(PACKAGES_PROM))
 
 $(DESCRIPTORS): $(wildcard $(PROTOS)/*/*.proto) | $(BUILD)/.venv
 	mkdir -p $(@D)

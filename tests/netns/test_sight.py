@@ -208,3 +208,120 @@ def test_wireshark_finds_the_pods(world, tmp_path):
     said, _ = reader.communicate(timeout=20)
     assert world.client.addresses[4] in said
     assert capture.stop() == 0
+
+
+# --- Prometheus, and the page ---------------------------------------------------------------------
+
+PROMETHEUS = ROOT / "build" / "prometheus" / "usr" / "bin" / "prometheus"
+BOARDS = sorted((ROOT / "deploy" / "grafana").glob("*.json"))
+RULES = ROOT / "deploy" / "prometheus" / "alerts.yaml"
+EMPTY = {  # what a quiet node has nothing to say about
+    "TCP resets", "To the world", "Dropped, by pod that was to receive",
+}  # fmt: skip
+
+
+def expressions():
+    """Every query of every panel, as Prometheus gets it from Grafana."""
+    for board in BOARDS:
+        for panel in json.loads(board.read_text())["panels"]:
+            for one in panel["targets"]:
+                text = one["expr"].replace("$__rate_interval", "10s")
+                yield panel["title"], text.replace("$instance", ".*").replace("$pod", ".*")
+
+
+@pytest.fixture(scope="module")
+def prometheus(world, tmp_path_factory):
+    """A function that asks a real Prometheus, which scrapes node 1 every second."""
+    if not PROMETHEUS.exists():
+        pytest.skip("Prometheus is not unpacked: make build/prometheus")
+    folder = tmp_path_factory.mktemp("prometheus")
+    scrape = {"job_name": "penstock", "static_configs": [{"targets": ["127.0.0.1:9962"]}]}
+    config = {"global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+              "scrape_configs": [scrape], "rule_files": [str(RULES)]}  # fmt: skip
+    (folder / "prometheus.yml").write_text(json.dumps(config))
+    space = world.nodes[0].namespace
+    process = space.spawn(
+        str(PROMETHEUS), f"--config.file={folder}/prometheus.yml",
+        f"--storage.tsdb.path={folder}/data", "--web.listen-address=127.0.0.1:9090",
+    )  # fmt: skip
+
+    def ask(path, **arguments):
+        words = [w for k, v in arguments.items() for w in ("--data-urlencode", f"{k}={v}")]
+        url = f"http://127.0.0.1:9090/api/v1/{path}"
+        answer = json.loads(space.run("curl", "-sS", "-m", "10", "-G", url, *words))
+        assert answer["status"] == "success", (arguments, answer)
+        return answer["data"]
+
+    def up():
+        try:
+            return ask("query", query="up == 1")["result"]
+        except LabError:
+            return False
+
+    eventually(up, "the first scrape")
+    yield ask
+    process.stop()
+
+
+def test_alert_rules_are_good():
+    if not PROMETHEUS.exists():
+        pytest.skip("Prometheus is not unpacked: make build/prometheus")
+    subprocess.run([PROMETHEUS.with_name("promtool"), "check", "rules", RULES], check=True)
+
+
+def test_every_panel_has_something_to_show(world, prometheus):
+    assert fetches(world, world.server)
+    assert fetches(world, world.far)
+    assert not fetches(world, world.closed)
+    missing = set()
+
+    def all_there():
+        fetches(world, world.closed)
+        missing.clear()
+        missing.update(
+            (title, text)
+            for title, text in expressions()
+            if not prometheus("query", query=text)["result"] and title not in EMPTY
+        )
+        return not missing
+
+    try:
+        eventually(all_there, "data", 25)
+    except LabError:
+        assert not missing
+    rules = prometheus("rules")["groups"][0]["rules"]
+    assert {rule["health"] for rule in rules} == {"ok"}
+    assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
+
+
+def test_metrics_say_what_counters_say(world, prometheus):
+    query = 'hubble_drop_total{source="default/client",reason="POLICY_DENIED"}'
+
+    def value(text):
+        found = prometheus("query", query=text)["result"]
+        return float(found[0]["value"][1]) if found else 0.0
+
+    before = value(query)
+    assert not fetches(world, world.closed)
+    eventually(lambda: value(query) > before, "the drop is counted")
+    total = 'sum(cilium_drop_count_total{reason="Policy denied"})'
+    denied = [row for row in world.nodes[0].ask("counters")["reasons"] if row["reason"] == 133]
+    eventually(lambda: value(total) >= sum(row["packets"] for row in denied), "and as a reason")
+
+
+def test_the_page_in_a_browser(world, tmp_path):
+    """Chromium draws it: the map has the pods, drops name the policy, nothing fails."""
+    assert fetches(world, world.server)
+    assert not fetches(world, world.closed)
+    done = world.nodes[0].namespace.run(
+        "chromium-headless-shell", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=3000", "--dump-dom", "http://127.0.0.1:9962/", timeout=60,
+    )  # fmt: skip
+    assert 'data-shown="yes"' in done
+    text = done.split("<body", 1)[1]
+    for name in ("default/client", "default/server", "default/closed"):
+        assert f">{name}</text>" in text
+    assert "Policy denied" in text
+    assert "CiliumNetworkPolicy default/closed" in text
+    assert text.count('class="edge"') >= 2
+    assert ">connections</td>" in text

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -13,6 +15,7 @@ from dataplane.metrics.server import Sight
 from dataplane.tables.shm import Shm
 from xdp.abi import value
 
+ROOT = Path(__file__).resolve().parents[2]
 FORWARDER = {
     "conntrack": {"connections": 9, "established": 4, "limit": 100},
     "flow_table": {"entries": 3, "slots": 256, "on": True, "packets": 70, "faults": 0},
@@ -171,3 +174,17 @@ def test_configuration_is_checked(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError, match="metrics"):
         load(path)
+
+
+def test_every_metric_is_documented_and_every_documented_one_exists(shm):
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    documented = set(re.findall(r"`((?:cilium|hubble|penstock)_[a-z_]+)`", "".join(rows)))
+    sight = Sight(shm, None)
+    sight.datapath.facts = FACTS
+    exported = {
+        f"{one.name}_total" if one.type == "counter" else one.name
+        for collector in (sight.datapath, sight.flows)
+        for one in collector.collect()
+    }
+    assert documented == exported
