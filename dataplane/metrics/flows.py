@@ -6,8 +6,8 @@ once, with its whole batch.
 Theory. Names and labels are those of Hubble's handlers (cilium/cilium: pkg/hubble/metrics), with
 the contexts that ACNS sets: `source` is the pod that sent, `destination` the pod of this node that
 it came to from elsewhere, the other one is empty, so that series grow with pods and not with pairs.
-A record becomes one 64-bit key; numpy counts equal keys, and only distinct ones reach Python: a
-million records a second take about a quarter of a core. A drop counts its packets, all else once:
+A record becomes one 64-bit key; numpy counts equal keys, and only distinct ones reach Python: 2.4 M
+records a second on one core. A drop counts its packets, all else once:
 Hubble sees each dropped packet, and a connection when it begins, changes and ends.
 """
 
@@ -72,15 +72,18 @@ class FlowCollector:
         self._ports: Counter[tuple[int, int]] = Counter()
         self._icmp: Counter[tuple[str, str]] = Counter()
 
-    def take(self) -> None:
-        """Count what is new; a flood does not keep us for longer than what the rings hold."""
+    def take(self) -> int:
+        """Count what is new, at most what the rings hold; return how much that was."""
         hashes, indices = self._pods()
+        total = 0
         for _ in range(ROUNDS):
             batches = self._reader.read(PART)
             for batch in batches:
                 self._count(batch.records, hashes, indices)
+                total += len(batch.records)
             if not batches:
-                return
+                break
+        return total
 
     def _pods(self) -> tuple[np.ndarray, np.ndarray]:
         """Addresses of local pods, hashed and in order, with the port of each."""

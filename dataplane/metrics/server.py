@@ -23,10 +23,15 @@ from dataplane.metrics.facts import Facts, Owner
 from dataplane.metrics.flows import FlowCollector
 from dataplane.metrics.picture import picture
 from dataplane.tables.shm import Shm
+from xdp.abi import CONST
 
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 CLOSE_S = 1.0
 TURN_S = 1.0
+BUSY, BUSY_S = (
+    CONST["EVENTS_MAX"] // 16,
+    0.03,
+)  # events: look again before the rings are round
 T = TypeVar("T")
 PAGE = files("dataplane.metrics").joinpath("page.html")
 
@@ -80,12 +85,12 @@ class Sight:
     async def follow(self) -> None:
         """Count events as they come, for ever: the rings hold a moment only."""
         while True:
-            await self._take()
-            await asyncio.sleep(TURN_S)
+            busy = await self._take() > BUSY
+            await asyncio.sleep(BUSY_S if busy else TURN_S)
 
-    async def _take(self) -> None:
+    async def _take(self) -> int:
         self.flows.owners = self._owners()
-        await self._aside(self.flows.take)
+        return await self._aside(self.flows.take)
 
     async def _look(self) -> Facts:
         self.datapath.facts = await self._facts()
