@@ -255,7 +255,7 @@ def prometheus(world, tmp_path_factory):
     def up():
         try:
             return ask("query", query="up == 1")["result"]
-        except LabError:
+        except (LabError, ValueError):  # it does not listen yet, or says "Service Unavailable"
             return False
 
     eventually(up, "the first scrape")
