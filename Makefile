@@ -101,6 +101,9 @@ verified: build ## Write down what the verifier walks through for each BPF progr
 engine: warm ## The engine alone, from memory: ns per packet and stage
 	$(BIN)/python -m bench.engine
 
+tables: warm $(STAMP_BENCH) ## Routes, rules, connections beside DPDK's fib, acl and hash programs
+	$(BIN)/python -m bench.tables
+
 clean: ## Remove what was built, keep the virtual environment
 	rm -rf $(BUILD)/bpf $(BUILD)/bin $(BUILD)/proto $(BUILD)/cache
 
