@@ -163,7 +163,7 @@ def _recorded(path: Path, request: Any) -> Iterator[Any]:
 def _channel(config: Any, options: dict[str, Any]) -> Any:
     import grpc
 
-    from dataplane.daemon.observer import SOCKET
+    from dataplane.observe.protocol import SOCKET
 
     server = options["server"] or f"unix://{config.run_dir / SOCKET}"
     if not options["tls_ca_cert_file"]:

@@ -40,6 +40,7 @@ def status(config: Any, path: Path | None, output: str) -> None:
         state = ask(config, "status")
     except Unreachable as error:
         state = {"ready": False, "agent": None, "errors": [str(error)], **_without_agent(config)}
+    state["observer"] = _observer(config)
     if output == "json":
         show(state, output)
     else:
@@ -55,6 +56,21 @@ def _without_agent(config: Any) -> dict[str, Any]:
     except (Unreachable, RemoteError):
         forwarder = None
     return {"forwarder": forwarder, "node": {}, "endpoints": None}
+
+
+def _observer(config: Any) -> dict[str, Any] | None:
+    """What the observer reported; {}: it is switched off."""
+    from dataplane.observe import report
+
+    return report.read(config.run_dir / report.FILE) if config.observe.enabled else {}
+
+
+def _seen(observer: dict[str, Any] | None) -> str:
+    if not observer:
+        return "down" if observer is None else "off"
+    text = f"Ok  pid {observer['pid']}, {observer['flows']:,} flows, {observer['rate']:,} a second"
+    more = [f"{observer[name]:,} {name.replace('_', ' ')}" for name in ("lost", "not_written")]
+    return ", ".join([text, *(one for one in more if not one.startswith("0 "))])
 
 
 def _print(state: dict[str, Any]) -> None:
@@ -73,6 +89,7 @@ def _print(state: dict[str, Any]) -> None:
         text = f"{mode} from {node['underlay']} on {', '.join(node['uplinks'])}"
         rows.append(("Network", f"{text}, path MTU {node['path_mtu']}"))
         rows.append(("Remote nodes", ", ".join(node["remote_nodes"]) or "none"))
+    rows.append(("Observer", _seen(state["observer"])))
     rows.append(("Endpoints", "?" if state["endpoints"] is None else str(state["endpoints"])))
     for name, text in rows:
         click.echo(f"{name + ':':<14}{text}")

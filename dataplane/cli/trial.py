@@ -44,12 +44,12 @@ def try_(
     Example: penstock policy try allow-web.yaml --since 1h
     """
     from dataplane.observe.flags import moment
-    from dataplane.observe.history import files, overlapping
+    from dataplane.observe.history import FOLDER, files, overlapping
 
     if file is None and not without:
         raise click.UsageError("nothing to try: give FILE, or --without NAMESPACE/NAME")
     since_ns = int(moment(since).timestamp() * 1e9) if since else 0
-    paths = overlapping(files(flows or config.state_dir / "flows"), since_ns)
+    paths = overlapping(files(flows or config.state_dir / FOLDER), since_ns)
     objects = _objects(config)
     proposed = _proposed(objects, file, without)
     place = TMPFS if TMPFS.is_dir() else None

@@ -18,14 +18,15 @@ from dataplane.control.config import Config
 from dataplane.control.jsonl import RemoteError, Unreachable, call
 from dataplane.daemon.engines import NAMES, RULES
 from dataplane.daemon.lock import hold
+from dataplane.observe import report
 from dataplane.observe.book import LiveBook
 from dataplane.observe.collector import Collector
-from dataplane.observe.history import History, Origin
+from dataplane.observe.history import FOLDER, History, Origin
+from dataplane.observe.protocol import SOCKET
 from dataplane.observe.service import Observer, Peer, Server, credentials
 from dataplane.tables.events import epoch
 from dataplane.tables.shm import Shm
 
-SOCKET, HISTORY = "hubble.sock", "flows"
 ASK_S, AWAY_S, LOOK_S = 0.25, 2.0, 0.5
 
 log = structlog.get_logger(subsys="observer")
@@ -116,8 +117,20 @@ def _serve(config: Config, shm: Shm, stop: threading.Event) -> None:
     for part in (roster, source, server):
         part.start()
     log.info("keeps flows", most=source.store.capacity, socket=str(config.run_dir / SOCKET))
+    _watch(config, shm, source, history, stop)
+    roster.close()
+    source.close()
+    if history is not None:
+        history.flush()
+    server.stop()
+
+
+def _watch(
+    config: Config, shm: Shm, source: Collector, history: History | None, stop: threading.Event
+) -> None:
+    """Write history and report, and log losses, until the end or until there are other tables."""
     told, problem = 0, ""
-    while not stop.wait(LOOK_S) and epoch(shm) == source.epoch:
+    while epoch(shm) == source.epoch:
         if source.lost != told:
             log.warning("events lost", lost=source.lost - told, since_start=source.lost)
             told = source.lost
@@ -126,15 +139,13 @@ def _serve(config: Config, shm: Shm, stop: threading.Event) -> None:
             if history.problem not in (problem, ""):
                 log.error("no history", error=history.problem)
             problem = history.problem
-    roster.close()
-    source.close()
-    if history is not None:
-        history.flush()
-    server.stop()
+        report.write(config.run_dir / report.FILE, source, history)
+        if stop.wait(LOOK_S):
+            break
 
 
 def _history(config: Config, origin: Origin) -> History | None:
-    options, folder = config.observe, config.state_dir / HISTORY
+    options, folder = config.observe, config.state_dir / FOLDER
     if not options.history_mb:
         return None
     try:

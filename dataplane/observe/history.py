@@ -30,6 +30,7 @@ from dataplane.tables.verdicts import RULE_SHIFT
 
 FLUSH_S, FLUSH_FLOWS = 60.0, 1 << 18
 WAIT_MOST = 1 << 22  # flows that wait for a disk that is slow or full
+FOLDER = "flows"  # in STATE_DIR
 MEANINGS = b"penstock"
 PATTERN = "flows-*.parquet"
 _ENDS = ("source_end", "target_end")

@@ -17,6 +17,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from xdp.artifacts import find
 
 FILE = "hubble.binpb"
+SOCKET = "hubble.sock"
+"""The server's socket file in RUN_DIR."""
 OBSERVER, PEER = "observer.Observer", "peer.Peer"
 HEALTH = "hubble.server.Observer"
 """Name that Hubble's clients ask the health service for."""
