@@ -84,6 +84,10 @@ def _print(state: dict[str, Any]) -> None:
         ready = sum(port["ready"] for port in forwarder["ports"])
         text = f"Ok  pid {forwarder['pid']}, {forwarder['workers']} workers, "
         rows[1] = ("Forwarder", f"{text}{ready}/{len(forwarder['ports'])} ports ready")
+        if forwarder.get("captures"):
+            many = f"{forwarder['captures']} open"
+            resting = "" if forwarder["flow_table"]["on"] else "; XDP's flow table rests meanwhile"
+            rows.append(("Captures", many + resting))
     if node.get("mode"):
         mode = node["tunnel"] or "direct"
         text = f"{mode} from {node['underlay']} on {', '.join(node['uplinks'])}"

@@ -1,6 +1,8 @@
 """Events as Hubble's metrics: a slow count in Python says the same, and losses are exact."""
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from hypothesis import strategies as st
 from dataplane.metrics.facts import Owner
 from dataplane.metrics.flows import FIELDS, PORTS_KEPT, FlowCollector, _fields, reason_name
 from dataplane.tables.shm import Shm
-from xdp.abi import CONST, DTYPE, value
+from xdp.abi import CONST, DTYPE, REASON_TEXT, value
 
+ROOT = Path(__file__).resolve().parents[2]
 NEW, DROP = value("EVENT_NEW"), value("EVENT_DROP")
 CHANGE, END = value("EVENT_CHANGE"), value("EVENT_END")
 DENIED = value("REASON_POLICY_DENIED")
@@ -153,6 +156,14 @@ def slow_shm(factory):
         shm.ports[1]["address4"], shm.ports[1]["state"] = HERE, value("PORT_ACTIVE")
         _made.append(shm)
     return _made[0]
+
+
+def test_reasons_have_the_names_of_flow_proto():
+    text = (ROOT / "dataplane" / "observe" / "api" / "flow" / "flow.proto").read_text()
+    members = re.search(r"enum DropReason \{(.*?)\n\}", text, re.DOTALL).group(1)
+    names = {int(number): name for name, number in re.findall(r"(\w+)\s*=\s*(\d+);", members)}
+    ours = {n for n in REASON_TEXT if 130 <= n < 240}  # from 240 on Cilium has no number
+    assert {n: reason_name(n) for n in ours} == {n: names[n] for n in ours}
 
 
 def test_a_key_keeps_every_field():

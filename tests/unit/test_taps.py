@@ -5,6 +5,8 @@ import subprocess
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scapy.all import IP, TCP, UDP, Ether, raw
 
 from dataplane.capture.filters import compile_filter
@@ -13,7 +15,9 @@ from dataplane.capture.reader import TapGone, TapReader
 from dataplane.capture.words import Words, stages, summary
 from dataplane.engine import loop, taps
 from dataplane.kernels.taps import keep, make_watch, tap
+from tests import strategies
 from tests import worlds as w
+from tests.naive import taps as naive
 from tests.segments import vxlan
 from xdp.abi import CONST, value
 
@@ -287,3 +291,71 @@ def test_lines_are_short_and_say_who():
     assert summary(b"") == "runt"
     assert summary(bytes(60)) == "ethertype 0x0000"
     assert np.array_equal(np.frombuffer(TO_B, np.uint8)[:6], list(w.GATEWAY_MAC))
+
+
+FILTERS = [
+    "",
+    "ip",
+    "udp",
+    "tcp or icmp",
+    "host 10.1.1.3",
+    "ip6",
+    "arp",
+    "greater 200",
+    "net 9.0.0.0/8",
+]
+PORTS = st.sampled_from([w.POD_A, w.POD_B, w.UPLINK])
+ASKED = st.tuples(
+    st.sampled_from([IN, OUT, IN | OUT]),
+    st.sampled_from([20, 60, 65536]),
+    st.one_of(st.none(), PORTS),
+    st.sampled_from([range(256), range(130), range(130, 256)]),
+    st.sampled_from(FILTERS),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sent=st.lists(st.tuples(PORTS, strategies.frames, st.booleans()), min_size=1, max_size=8),
+    asked=st.lists(ASKED, min_size=1, max_size=CONST["TAPS_MAX"]),
+)
+def test_taps_take_what_the_twin_takes(worlds, sent, asked):
+    world = worlds()
+    world.forget()
+    rig = Rig(world)
+    programs = {text: compile_filter(text) for text in FILTERS}
+    readers = [
+        rig.open(points=points, snap=snap, port=port, reasons=list(reasons), filter=text)
+        for points, snap, port, reasons, text in asked
+    ]
+    frames = [
+        (w.UPLINK, vxlan(frame, w.REMOTE4, w.NODE4, w.VNI)) if tunnel else (port, frame)
+        for port, frame, tunnel in sent
+    ]
+    rig.send(*frames)
+    packets = [_passed(world, i, frame) for i, (_, frame) in enumerate(frames)]
+    for reader, (points, snap, port, reasons, text) in zip(readers, asked, strict=True):
+        wanted = naive.Tap(points, snap, port, frozenset(reasons), programs[text])
+        found = [
+            (*said(seen)[:2], said(seen)[3], seen.data, int(seen.record["length"]))
+            for seen in reader.read()
+        ]
+        assert found == naive.taken([one for one in packets if one], wanted)
+        assert reader.lost == 0
+
+
+def _passed(world, i, came):
+    b = world.batch
+    if b.verdict[i] == value("VERDICT_HOLD"):
+        return None
+    sent = b.verdict[i] == SEND
+    result = world._result(i)
+    return naive.Passed(
+        came=came,
+        left=result.frame if sent else None,
+        ingress=int(b.ingress[i]),
+        egress=result.egress,
+        reason=result.reason,
+        from_tunnel=bool(int(b.flags[i]) & value("PACKET_DECAPSULATED")),
+        into_tunnel=bool(world.shm.adjacencies[int(b.adjacency[i])]["tunnel_family"]),
+    )
