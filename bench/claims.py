@@ -16,8 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from bench.measure import LESS_IS_BETTER, UNITS
-from bench.plots import MAIN
-from bench.report import groups, short
+from bench.report import MAIN, groups, short
 from bench.results import OURS, bootstrap
 
 FILE = Path(__file__).with_suffix(".yaml")

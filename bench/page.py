@@ -16,8 +16,8 @@ from typing import Any
 
 from bench import claims
 from bench.measure import UNITS
-from bench.plots import MAIN, pictures
-from bench.report import IN_FILE, groups, short
+from bench.plots import overview, pictures
+from bench.report import IN_FILE, MAIN, groups, short
 from bench.results import OURS, warnings
 
 STYLE = """
@@ -40,13 +40,18 @@ def write(whole: dict[str, Any], path: Path) -> list[Path]:
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
     files, parts = [path], []
-    for name, title, picture in pictures(whole):
+    for name, title, picture in (*_overview(whole), *pictures(whole)):
         (folder / name).write_bytes(picture)
         files.append(folder / name)
         data = base64.b64encode(picture).decode()
         parts.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
     path.write_text(_page(whole, "\n".join(parts)))
     return files
+
+
+def _overview(whole: dict[str, Any]) -> list[tuple[str, str, bytes]]:
+    seen = [one for claim in claims.load() if (one := claims.check(claim, whole))]
+    return [("claims.png", "What must hold", overview(seen))] if seen else []
 
 
 def _page(whole: dict[str, Any], images: str) -> str:

@@ -21,14 +21,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from hdrh.histogram import HdrHistogram
 
-from bench.report import groups
+from bench.claims import Seen
+from bench.report import MAIN, groups
 from bench.results import OURS
 from bench.subjects import NAMES
 
 OURS_COLOUR, SECOND_COLOUR = "#c8503c", "#e0a08c"
 GREYS = ("#3d4a57", "#5f6f7f", "#8494a4", "#a9b5c1", "#c6cfd8", "#dfe5ea")
 MARKS = "os^Dvpx*+h<>"
-MAIN = {"pps": "M packets/s", "gbits": "Gbit/s", "per_s": "thousand a second"}
 WIDTH, DPI = 8.0, 150
 NINES = (0, 50, 90, 99, 99.9, 99.99)
 
@@ -120,6 +120,28 @@ def bars(title: str, quantity: str, rows: list[dict[str, Any]]) -> bytes:
     axes.set_xlim(0, 1.3 * max(max(row["interval"][1], row["median"]) for row in mine.values()))
     axes.set_xlabel(MAIN[quantity])
     axes.set_title(title)
+    return png(figure)
+
+
+def overview(found: list[Seen]) -> bytes:
+    """A bar a claim: the ratio that was seen, and a mark where it is to be at least."""
+    names = [f"{seen.claim.what}\nbeside {seen.claim.beside or 'itself'}" for seen in found][::-1]
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.5 * len(found)))
+    for n, seen in enumerate(found[::-1]):
+        colour = OURS_COLOUR if seen.reached else GREYS[3]
+        axes.barh(n, seen.ratio, color=colour, height=0.6)
+        axes.plot(seen.interval, [n, n], color="#222222", linewidth=1.2)
+        axes.plot([seen.claim.least] * 2, [n - 0.42, n + 0.42], color="#222222", linewidth=2.5)
+        axes.annotate(
+            f"{seen.ratio:.2f}", (max(seen.ratio, seen.interval[1], seen.claim.least), n),
+            xytext=(6, 0), textcoords="offset points", va="center", fontsize=9,
+        )  # fmt: skip
+    axes.axvline(1, color="#8494a4", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("times better (logarithmic); the mark: at least")
+    axes.set_title("What must hold")
     return png(figure)
 
 

@@ -22,6 +22,8 @@ IN_FILE = frozenset({"softirq_ns", "sender_ns", "p999_us"})
 """Quantities that only the file has."""
 HEADLINES = frozenset({"pps", "ndr", "pdr", "gbits", "per_s", "p50_us", "p99_us"})
 """Quantities that the README's table has."""
+MAIN = {"pps": "M packets/s", "gbits": "Gbit/s", "per_s": "thousand a second"}
+"""Quantities that have bars, and what their axis says."""
 WIDE = 160
 
 
