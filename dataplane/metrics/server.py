@@ -25,7 +25,12 @@ from dataplane.metrics.picture import picture
 from dataplane.tables.shm import Shm
 from xdp.abi import CONST
 
-HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'",
+}
 CLOSE_S = 1.0
 TURN_S = 1.0
 BUSY, BUSY_S = (

@@ -32,6 +32,7 @@ def world():
         cluster.client = one.pod("client", PodSpec(labels={"app": "client"}))
         cluster.server = one.pod("server", PodSpec(labels={"app": "server"}))
         cluster.closed = one.pod("closed", PodSpec(labels={"app": "closed"}))
+        cluster.friend = one.pod("friend", PodSpec(labels={"app": "friend"}))
         cluster.far = two.pod("far", PodSpec(labels={"app": "far"}))
         for pod in (cluster.server, cluster.closed, cluster.far):
             cluster.servers = checks.serve(pod.namespace)
@@ -39,12 +40,14 @@ def world():
         yield cluster
 
 
-def fetches(cluster, pod, family=4) -> bool:
+def fetches(cluster, pod, family=4, client=None) -> bool:
     address = pod.addresses[family]
     host = f"[{address}]" if family == 6 else address
     url = f"http://{host}:{checks.HTTP_PORT}/"
     try:
-        cluster.client.namespace.run("curl", "-sS", "-g", "-o", "/dev/null", "-m", "1", url)
+        (client or cluster.client).namespace.run(
+            "curl", "-sS", "-g", "-o", "/dev/null", "-m", "1", url
+        )
     except LabError:
         return False
     return True
@@ -109,6 +112,25 @@ def test_a_denied_packet_is_captured_with_the_rule_that_denied_it(world, tmp_pat
     assert all(row["frame.interface_description"] == "default/client" for row in found)
     assert "Policy denied" in found[0]["frame.comment"]
     assert "default/closed" in found[0]["frame.comment"]
+
+
+def test_lines_name_the_rule_that_lets_a_packet_pass(world):
+    node = world.nodes[0]
+    python = str(ROOT / ".venv" / "bin" / "python")
+    lines = node.namespace.spawn(
+        python, "-m", "dataplane.cli.main", "capture", "--config", str(node.config), "-c", "2",
+        "--seconds", "20", "--pod", world.closed.addresses[6], "tcp", env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    eventually(lambda: node.ask("status")["forwarder"]["captures"], "the capture")
+    assert fetches(world, world.closed, 6, world.friend)
+    first, second, last = lines.wait().splitlines()
+    assert " out default/closed (" in first
+    assert f"-> [{world.closed.addresses[6]}]:{checks.HTTP_PORT} tcp" in first
+    assert "Forwarded from default/friend" in first
+    assert "ingress by CiliumNetworkPolicy default/closed" in first
+    assert " in  default/closed" in second
+    assert "reply" in second
+    assert last == "2 packets captured, 0 lost"
 
 
 def test_a_pod_has_what_crosses_its_device_both_ways(world, tmp_path):
