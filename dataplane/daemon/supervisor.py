@@ -8,6 +8,8 @@ for a while starts afresh. Exit status 78 (EX_CONFIG) is not restarted: the mess
 supervisor ends with it. The forwarder's heartbeat is in shared memory: a forwarder that is silent
 for too long hangs and is killed (the uplink has passed to the kernel meanwhile: steering.py). Only
 beats of the process that runs now count: one that still compiles its kernels has not hung.
+SIGHUP starts the children anew, one after the other: an upgrade in place. What a forwarder leaves to
+the next one is kept here (xdp/handover.py), so established flows do not notice.
 Children get SIGKILL when the supervisor dies (PR_SET_PDEATHSIG), so no forwarder runs without its
 supervisor.
 """
@@ -19,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import structlog
@@ -38,6 +41,8 @@ HANG_S = 6.0  # least silence that means hanging: a worker says something each s
 
 log = structlog.get_logger(subsys="run")
 PR_SET_PDEATHSIG = 1
+RENEWED_S = 60.0  # a child that does not answer by then does not hold up the others
+SOCKETS = {"agent": "api.sock", "forwarder": "forwarder.sock"}
 
 
 def _die_with_parent() -> None:
@@ -143,6 +148,33 @@ async def _announce(config: Config) -> bool:
     return True
 
 
+async def _upgrade(config: Config, asked: asyncio.Event, children: Iterable[Child]) -> None:
+    """At each SIGHUP start every child anew, of the program as it is installed now.
+
+    One after the other, each when its predecessor in the row answers: what one does not do
+    meanwhile, the others' work does not need.
+    """
+    while True:
+        await asked.wait()
+        asked.clear()
+        for child in children:
+            log.info("starting anew", process=child.name)
+            await child.end()
+            if child.name in SOCKETS:
+                with contextlib.suppress(TimeoutError):
+                    answers = _answers(config.run_dir / SOCKETS[child.name])
+                    await asyncio.wait_for(answers, RENEWED_S)
+
+
+async def _answers(path: Path) -> None:
+    """Return when a child says that it is ready; the agent has written its tables by then."""
+    while True:
+        with contextlib.suppress(Unreachable, RemoteError):
+            if (await acall(path, "status", LOOK_S)).get("ready", True):
+                return
+        await asyncio.sleep(PAUSES_S[0])
+
+
 async def _run(config: Config, path: Path | None) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -155,7 +187,11 @@ async def _run(config: Config, path: Path | None) -> int:
     children = (agent, forwarder, *others)
     keepers = [asyncio.create_task(child.keep(stop)) for child in children]
     watcher = asyncio.create_task(_watch(config, forwarder, stop))
+    upgrade = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, upgrade.set)
+    upgrader = asyncio.create_task(_upgrade(config, upgrade, children))
     await stop.wait()
+    upgrader.cancel()
     notify("STOPPING=1")
     await asyncio.gather(agent.end(), *(child.end() for child in others))
     await forwarder.end()

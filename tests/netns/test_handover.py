@@ -144,6 +144,19 @@ def test_established_flows_lose_no_packet_when_the_forwarder_is_killed(world, fa
         counted(rows, sent)
 
 
+def test_an_upgrade_in_place_loses_no_packet(world):
+    """SIGHUP: agent, observer and forwarder are started anew."""
+    node = world.one
+    before = {name: node.pid(name) for name in ("agent", "forwarder")}
+    stream = Stream(world.a, world.far)
+    eventually(lambda: in_table(node) >= 1, "an entry in the flow table", 20)
+    os.kill(node.process.pid, signal.SIGHUP)
+    eventually(lambda: node.pid("agent") not in (0, before["agent"]), "another agent", 60)
+    next_forwarder(node, before["forwarder"])
+    time.sleep(0.5)
+    assert whole(stream.end())
+
+
 def test_a_policy_stops_a_flow_though_no_forwarder_runs(world):
     """The agent's word in the generation: what it forbids stops at once."""
     node = world.one
