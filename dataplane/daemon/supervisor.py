@@ -1,17 +1,16 @@
 """`penstock run`: starts agent, forwarder and observer, and starts them again.
 
-Rule: the processes never depend on this one; killed together with it, they are taken up by the
-next run.
+Rule: the processes never depend on this one; killed together with it, they are taken up by the next
+run.
 
-Theory. A child that dies is restarted after a pause that grows from 0.1 s to 10 s; one that ran
-for a while starts afresh. Exit status 78 (EX_CONFIG) is not restarted: the message stands, the
+Theory. A child that dies is restarted after a pause that grows from 0.1 s to 10 s; one that ran for
+a while starts afresh. Exit status 78 (EX_CONFIG) is not restarted: the message stands, the
 supervisor ends with it. The forwarder's heartbeat is in shared memory: a forwarder that is silent
 for too long hangs and is killed (the uplink has passed to the kernel meanwhile: steering.py). Only
-beats of the process that runs now count: one that still compiles its kernels has not hung.
-SIGHUP starts the children anew, one after the other: an upgrade in place. What a forwarder leaves to
-the next one is kept here (xdp/handover.py), so established flows do not notice.
-Children get SIGKILL when the supervisor dies (PR_SET_PDEATHSIG), so no forwarder runs without its
-supervisor.
+beats of the process that runs now count: one that still compiles its kernels has not hung. SIGHUP
+starts the children anew, one after the other: an upgrade in place. What a forwarder leaves to the
+next one is kept here (xdp/handover.py), so established flows do not notice. Children get SIGKILL
+when the supervisor dies (PR_SET_PDEATHSIG), so no forwarder runs without its supervisor.
 """
 
 import asyncio
