@@ -1,9 +1,12 @@
 """Pods and the world: source addresses, ports, errors, fragments; nft beside us as the oracle."""
 
+import json
+import sys
+
 import pytest
 
 from bench import checks
-from bench.lab import Lab, LabError, eventually
+from bench.lab import ROOT, Lab, LabError, eventually
 from bench.penstock import Cluster, Settings
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
@@ -178,29 +181,42 @@ def test_the_nodes_own_connections_are_not_touched(world):
     assert "40960-41023" in reserved
 
 
-def test_the_kernel_keeps_what_we_keep(world):
-    """nft's masquerade in the same topology: same address, port kept, errors and fragments pass."""
-    lab = world.lab
-    pod = lab.namespace(f"linux{world.settings.mode}")
+@pytest.fixture(scope="module")
+def beside(world):
+    """A namespace behind the kernel's own NAT (nft's masquerade), on the same node."""
+    pod = world.lab.namespace(f"linux{world.settings.mode}")
     host = world.nodes[0].namespace
-    device = "k0"
-    lab.wire(host, pod, (device, "eth0"))
-    host.ip(f"addr add 10.77.0.1/24 dev {device}")
-    pod.ip("addr add 10.77.0.2/24 dev eth0", "route add default via 10.77.0.1")
-    host.sysctl({"net.ipv4.ip_forward": 1})
-    host.run("nft", "add table ip oracle")
-    host.run("nft", "add chain ip oracle post { type nat hook postrouting priority 100; }")
-    host.run("nft", "add rule ip oracle post ip saddr 10.77.0.0/24 masquerade")
-    try:
-        kernel = type(world.one).__new__(type(world.one))
-        kernel.namespace = pod
-        target = world.far.addresses[4]
-        for port, size in ((50123, 10), (50124, 4000)):
-            assert ask(kernel, target, port, size) == (world.nodes[0].addresses[4], port, size)
-        world.nodes[0].command("ct", "flush")  # an earlier test's connection may have a port
-        for port, size in ((40980, 10), (40981, 4000)):
-            ours = ask(world.one, target, port, size)
-            assert ours == (world.nodes[0].addresses[4], port, size)
-    finally:
-        host.run("nft", "delete table ip oracle")
-        host.ip(f"link del {device}")
+    world.lab.wire(host, pod, ("k0", "eth0"))
+    host.ip("addr add 10.77.0.1/24 dev k0", "addr add fd77::1/64 dev k0 nodad")
+    pod.ip(
+        "addr add 10.77.0.2/24 dev eth0", "route add default via 10.77.0.1",
+        "addr add fd77::2/64 dev eth0 nodad", "route add default via fd77::1",
+    )  # fmt: skip
+    host.sysctl({"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1})
+    host.run("nft", "add table inet oracle")
+    host.run("nft", "add chain inet oracle post { type nat hook postrouting priority 100; }")
+    host.run("nft", "add rule inet oracle post ip saddr 10.77.0.0/24 masquerade")
+    host.run("nft", "add rule inet oracle post ip6 saddr fd77::/64 masquerade")
+    server = world.far.namespace.spawn(
+        sys.executable, "-m", "tests.netns.exchanges", "serve", env={"PYTHONPATH": str(ROOT)}
+    )
+    eventually(lambda: "serving" in server.output(), "the server of exchanges")
+    yield pod
+    server.stop()
+    host.run("nft", "delete table inet oracle")
+    host.ip("link del k0")
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_kernel_does_what_we_do(world, beside, family):
+    """The same list of exchanges through nft's NAT and through ours: the same is seen of each."""
+    target, node = world.far.addresses[family], world.nodes[0].addresses[family]
+    world.nodes[0].command("ct", "flush")  # an earlier test's connection may have a port
+    seen = []
+    for namespace, first in ((beside, 50100), (world.one.namespace, 40980)):
+        words = (sys.executable, "-m", "tests.netns.exchanges", "ask", target, str(first))
+        seen.append(json.loads(namespace.run("env", f"PYTHONPATH={ROOT}", *words)))
+    kernel, ours = seen
+    assert ours == kernel
+    assert ours["datagram"] == [node, 0, 10], "the node's address, and the port is kept"
+    assert ours["closed port"] == ours["closed port, stream"] == "ECONNREFUSED"
