@@ -19,6 +19,7 @@ import click
 from dataplane.cli.common import config_option, output_option, show
 
 TMPFS = Path("/dev/shm")
+SHOWN = 50  # lines, those with most flows first
 COLUMNS = ("was", "becomes", "source", "destination", "protocol", "port", "flows", "by")
 
 
@@ -131,6 +132,7 @@ def _try(
     from dataplane.engine.trial import COLUMNS as ASKED
     from dataplane.engine.trial import Trial
     from dataplane.observe.changes import Changes, judged_flows, still_there
+    from dataplane.observe.directory import Directory, End
     from dataplane.observe.history import Past
     from dataplane.policy.options import PolicyOptions
     from xdp.abi import CONST
@@ -142,8 +144,11 @@ def _try(
     )  # fmt: skip
     flags = CONST["NODE_POLICY_HAIRPIN"] if options.hairpin == "enforce" else 0
     local = _local(config, objects)
-    holders = {str(at): f"{end.namespace}/{end.pod}" for end in local.endpoints
-               for at in end.addresses}  # fmt: skip
+    holders = Directory()
+    for end in local.endpoints:
+        for at in end.addresses:
+            key = at.version, int(at) >> 64, int(at) & ((1 << 64) - 1)
+            holders.hold(key, End(end.namespace, end.pod), 0)
     trials = [
         Trial(scratch / name, some, local, policy, flags)
         for name, some in (("now", objects), ("then", proposed))
@@ -155,7 +160,7 @@ def _try(
         past = Past(path)
         asked = judged_flows(past.flows)
         flows = past.flows.take(asked[past.flows.wall_ns[asked] >= since_ns])
-        good = still_there(flows, past.directory, lambda at: holders.get(at, ""))
+        good = still_there(flows, past.directory, holders)
         changes.gone += int((~good).sum())
         flows = flows.take(good.nonzero()[0])
         columns = {name: getattr(flows, name) for name in ASKED}
@@ -177,7 +182,9 @@ def _print(found: Any, output: str) -> None:
         show({**counts, "changes": rows}, output)
         return
     if rows:
-        show(rows, output, COLUMNS)
+        show(rows[:SHOWN], output, COLUMNS)
+    if len(rows) > SHOWN:
+        click.echo(f"and {len(rows) - SHOWN:,} more lines: -o json has them all")
     click.echo(f"{found.judged:,} flows judged, {found.changed:,} would change")
     if found.gone:
         click.echo(f"{found.gone:,} flows not judged: their pods are gone", err=True)

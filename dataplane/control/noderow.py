@@ -89,9 +89,8 @@ def _tracking(config: Config) -> dict[str, Any]:
 def _telling(config: Config) -> dict[str, int]:
     """Which events the forwarder tells."""
     observe = config.observe
-    skipped = ("new", "change", "end") if not observe.enabled else observe.skip
     return {
-        "events_off": sum(1 << value(f"EVENT_{kind.upper()}") for kind in set(skipped)),
+        "events_off": sum(1 << value(f"EVENT_{kind.upper()}") for kind in set(observe.skip)),
         "sample_shift": _power(observe.sample).bit_length() - 1 if observe.sample else 0,
     }
 

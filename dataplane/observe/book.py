@@ -8,6 +8,7 @@ flows are ever shown, and a number keeps its meaning long after the rule is gone
 hook: whoever learns names sets `dns`.
 """
 
+import contextlib
 import json
 import sqlite3
 import threading
@@ -53,17 +54,24 @@ class LiveBook:
         self._rules: dict[int, dict[str, Any] | None] = {}
         self._services: dict[int, str] = {}
         self._services_mark = 0
-        self._version = -1
+        self._version, self._inode = -1, 0
         self._lock = threading.Lock()
         self.names: Callable[[int, int, int], Iterable[str]] = lambda family, hi, lo: ()
 
     def refresh(self) -> None:
         """Look for news; a rule's number may have another meaning by and by."""
         with self._lock:
-            self._refresh()
+            with contextlib.suppress(sqlite3.Error):
+                self._look()
+            mark = self._services_file.stat().st_mtime_ns if self._services_file.exists() else 0
+            if mark != self._services_mark:
+                self._services, self._services_mark = services.read(self._services_file), mark
 
-    def _refresh(self) -> None:
-        if self._database is None:
+    def _look(self) -> None:
+        """Open the rules anew when the agent has made another file; forget what has changed."""
+        inode = self._rules_file.stat().st_ino if self._rules_file.exists() else 0
+        if inode != self._inode:
+            self._inode, self._version = inode, -1
             self._database = rulebook.read(self._rules_file)
         if self._database is not None:
             version = self._database.execute("pragma data_version").fetchone()[0]
@@ -71,9 +79,6 @@ class LiveBook:
                 self._version = version
                 self._labels.clear()
                 self._rules.clear()
-        mark = self._services_file.stat().st_mtime_ns if self._services_file.exists() else 0
-        if mark != self._services_mark:
-            self._services, self._services_mark = services.read(self._services_file), mark
 
     def labels(self, identity: int) -> list[str]:
         """As Book."""
@@ -90,7 +95,8 @@ class LiveBook:
         if self._database is None:
             return {}
         asked = "select labels from identities where number = ?"
-        with self._lock:
+        row = None
+        with self._lock, contextlib.suppress(sqlite3.Error):
             row = self._database.execute(asked, (identity,)).fetchone()
         return json.loads(row[0]) if row else {}
 
@@ -106,7 +112,8 @@ class LiveBook:
         if number not in self._rules:
             if len(self._rules) >= KEPT:
                 self._rules.clear()
-            with self._lock:
+            found = None
+            with self._lock, contextlib.suppress(sqlite3.Error):
                 found = rulebook.attributions(self._database, [number]).get(number)
             self._rules[number] = found
             return found

@@ -20,6 +20,7 @@ from dataplane.observe.views import POLICY_REASONS
 from dataplane.tables.connection_view import NUMBERS, PROTOCOLS
 
 ICMP = (NUMBERS["icmp"], NUMBERS["icmp6"])
+GONE = -2  # no address is that pod's
 DENIED, ALLOWED = "denied", "allowed"
 
 
@@ -29,29 +30,21 @@ def judged_flows(flows: Columns) -> np.ndarray:
     return np.flatnonzero((flows.kind == NEW) | refused)
 
 
-def still_there(flows: Columns, who: Directory, holder: Callable[[str], str]) -> np.ndarray:
+def still_there(flows: Columns, who: Directory, now: Directory) -> np.ndarray:
     """Return which flows have ends that are still who they were: bool[n].
 
-    holder: the pod that has an address now, as "namespace/name"; "": none of this node's.
+    who: of the flows; now: pods of this node by the addresses that they have now.
     """
+    numbers = {(end.namespace, end.name): n for n, end in enumerate(now.ends) if end}
+    wanted = np.full(len(who.ends) + 1, NOBODY, np.int32)  # [-1] is NOBODY's
+    for number, end in enumerate(who.ends):
+        if end is not None and end.here:
+            wanted[number] = numbers.get((end.namespace, end.name), GONE)
     good = np.ones(flows.count, bool)
     for side in ("source", "target"):
-        rows = np.stack([flows.family.astype(np.uint64), getattr(flows, f"{side}_hi"),
-                         getattr(flows, f"{side}_lo"),
-                         getattr(flows, f"{side}_end").astype(np.uint64)], axis=1)  # fmt: skip
-        some, which = np.unique(rows, axis=0, return_inverse=True)
-        fits = [_same(who, holder, *row) for row in some.tolist()]
-        good &= np.array(fits, bool)[which.reshape(-1)]
+        hi, lo = (getattr(flows, f"{side}_{half}") for half in ("hi", "lo"))
+        good &= now.find(flows.family, hi, lo) == wanted[getattr(flows, f"{side}_end")]
     return good
-
-
-def _same(who: Directory, holder: Callable[[str], str], *row: int) -> bool:
-    family, hi, lo, number = row
-    end = who.end(number) if number < 1 << 31 else None
-    now = holder(address(family, hi, lo))
-    if end is None:
-        return not now
-    return now == f"{end.namespace}/{end.name}" if end.here else not now
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Who is who in flows: pods by number and by address.
 
-Rule: a number means one pod as long as a flow may show it.
+Rule: a number means one pod as long as a flow may show it. One thread writes, others read.
 
 Theory. A flow keeps the numbers of its two ends, so that a pod that is gone keeps its name in the
 flows that it had. Addresses are looked up for a whole batch at once: a sorted array of keys and a
@@ -50,6 +50,7 @@ class Directory:
         self._gone: deque[tuple[int, int]] = deque()  # wall-clock ns, number
         self._free: list[int] = []
         self._arrays: tuple[np.ndarray, ...] | None = None
+        self._here = (-1, np.zeros(1, bool))
 
     def number(self, end: End) -> int:
         """Return a pod's number, which it has from now on."""
@@ -128,10 +129,19 @@ class Directory:
 
     def who(self, fits: Callable[[End], bool]) -> np.ndarray:
         """Return for each number whether the pod fits, and False for NOBODY: bool[n + 1]."""
-        found = np.zeros(len(self.ends) + 1, bool)  # [-1] is NOBODY's
-        for number, end in enumerate(self.ends):
+        ends = list(self.ends)  # more may come meanwhile
+        found = np.zeros(len(ends) + 1, bool)  # [-1] is NOBODY's
+        for number, end in enumerate(ends):
             found[number] = end is not None and fits(end)
         return found
+
+    def here(self) -> np.ndarray:
+        """Return for each number whether the pod is attached to this node: bool[n + 1]."""
+        version, known = self._here
+        if version != self.version:
+            version, known = self.version, self.who(lambda end: end.here)
+            self._here = version, known
+        return known
 
     def namespaces(self) -> Iterable[str]:
         """Return the namespaces of all pods that are known."""

@@ -53,8 +53,7 @@ class Filter:
         """Return for each flow the number of the view to show, -1: it does not fit. int64[n]"""
         if not any(of_view for _, of_view in (*self._white, *self._black)):
             return self._first_view(flows)
-        here = self._who.who(lambda end: end.here)
-        shown = views.views_of(flows, here)
+        shown = views.views_of(flows, self._who.here())
         fits = [np.ones(flows.count, bool) for _ in shown.views]
         if self._white:
             fits = self._any(self._white, flows, shown)
@@ -325,7 +324,7 @@ def _any_of(some: list[Any], flows: Columns) -> np.ndarray:
 
 def _event_type(wanted: list[Any], who: Directory) -> ViewTest:
     def test(kind: np.ndarray, way: np.ndarray, flows: Columns) -> np.ndarray:
-        points = views.points(flows, who.who(lambda end: end.here))
+        points = views.points(flows, who.here())
         below = np.where(
             kind == views.TYPE_DROP, flows.reason, np.where(kind == views.TYPE_TRACE, points, 0)
         )

@@ -74,7 +74,7 @@ class Flows:
 
     def make(self, flows: Columns, shown: np.ndarray, mask: Any = None) -> Iterable[Any]:
         """Yield GetFlowsResponses. shown: number of each flow's view, int64[n]; mask: FieldMask."""
-        here = self.directory.who(lambda end: end.here)
+        here = self.directory.here()
         said, points = views.views_of(flows, here).views, views.points(flows, here)
         kinds, ways = (np.choose(shown, [view[n] for view in said]).tolist() for n in (1, 2))
         pieces = self._pieces(mask)
