@@ -20,7 +20,8 @@ export PYTHONPATH := $(CURDIR)
 PACKAGES_RUN   := clang llvm gcc libc6-dev libbpf-dev libelf-dev zlib1g-dev linux-libc-dev \
                   python3 python3-venv python3-dev iproute2 ethtool iputils-ping curl iperf3 procps ca-certificates libpcap0.8
 PACKAGES_TEST  := tshark chromium-headless-shell podman containerd runc containernetworking-plugins busybox-static tcpdump nftables \
-                  iputils-arping ndisc6 util-linux git openssl shellcheck dnsmasq-base bind9-dnsutils
+                  iputils-arping ndisc6 util-linux git openssl shellcheck dnsmasq-base bind9-dnsutils \
+                  unbound dnsperf
 PACKAGES_BENCH := dpdk-dev librte-net-af-xdp23 librte-net-af-packet23 nftables dnsperf dnsmasq-base \
                   libunbound8 libxdp1 libcap-ng0 libnuma1 linux-perf
 # Chromium is 100 MB to fetch: the only judge of the web page that is not ours.
@@ -86,8 +87,9 @@ format: build ## Format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-fuzz: warm ## Ten million random and mutated frames through parser and encapsulation
+fuzz: warm ## Ten million bad frames through all stages, ten million bad DNS messages through the parser
 	$(BIN)/python -m tests.fuzz.fuzz_frames --frames 10000000
+	$(BIN)/python -m tests.fuzz.fuzz_dns --messages 10000000
 
 bench: warm $(STAMP_BENCH) $(BUILD)/ovs ## Everything beside its peers, interleaved: about an hour (RUNS=5)
 	$(BIN)/python -m bench --runs $(or $(RUNS),5) $(BENCH)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataplane.engine.account import account, make_counters
+from dataplane.engine.account import account, dns_rows, make_counters
 from dataplane.engine.conntrack import NAT_PORTS, Conntrack
 from dataplane.engine.rings import start
 from dataplane.engine.worker import make_tables
@@ -138,7 +138,8 @@ class World:
         self.conntrack = Conntrack(self.shm, np.zeros(NAT_PORTS, np.uint32), 1)
         self.fragments = make_fragments()
         rows = (self.shm.reasons[0], self.shm.port_counters[0], self.shm.worker_stats[0:1])
-        self.counters = make_counters(*rows, self.conntrack.trackers[0].ring)
+        ring = self.conntrack.trackers[0].ring
+        self.counters = make_counters(*rows, dns_rows(self.shm, 0), ring)
 
     def _tables(self, writer: TableWriter, tunnel: bool, records: int) -> None:
         kind = value("TUNNEL_VXLAN")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dataplane.engine import loop
-from dataplane.engine.account import Counters, make_counters
+from dataplane.engine.account import Counters, dns_rows, make_counters
 from dataplane.engine.conntrack import NAT_PORTS, Conntrack
 from dataplane.engine.worker import make_tables
 from dataplane.kernels.ageing import sweep
@@ -157,7 +157,8 @@ class World:
         shm = self.shm
         rows = (shm.reasons[n], shm.port_counters[n], shm.worker_stats[n : n + 1])
         tracker = self.conntrack.trackers[n]
-        return Lane(tracker, make_fragments(), make_counters(*rows, tracker.ring))
+        counters = make_counters(*rows, dns_rows(shm, n), tracker.ring)
+        return Lane(tracker, make_fragments(), counters)
 
     def _node(self, rate: int) -> None:
         six = int(ROUTER6)

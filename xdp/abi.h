@@ -54,6 +54,9 @@
 #define POLICY_ACTION_MASK 3
 #define POLICY_ANSWER_SHIFT 2    /* bits 2-3: enum refusal */
 #define POLICY_LOG 16            /* bit 4: the rule asks for a log line */
+#define POLICY_NAMES 32          /* bit 5: rules.dns apply: its queries are looked at, its answers teach */
+#define POLICY_NAMES_ONLY 64     /* bit 6: only names that an entry of their selector allows */
+#define POLICY_LEARNED 128       /* bit 7: in a connection: by a name that led to the address */
 #define POLICY_RULE_SHIFT 8      /* bits 8-31: number of the rule, 0: no rule */
 #define POLICY_DEPTH_ANY 17      /* bit of struct policy's depths: entries of any protocol */
 
@@ -86,6 +89,30 @@
 #define FLOW_NAT_TARGET 2
 #define FLOW_KEEP_HOPS 4             /* to the node's own stack: TTL is not counted down */
 
+/* Names (DNS) */
+#define DNS_TEXT 256                 /* bytes that hold a name as on the wire, lower case (255: RFC 1035) */
+#define DNS_LATENCY_BUCKETS 112      /* four an octave, from 1024 ns on */
+#define DNS_RCODES 16
+#define DNS_TYPES 8                  /* enum dns_type */
+#define DNS_PORTS_MAX 8              /* TCP ports besides 53 that policies look into */
+#define NAME_PATTERNS_MAX 16384      /* rows, which are also the numbers of selectors; 0 is none */
+#define NAME_PATTERN_SLOTS 65536     /* open addressing */
+#define NAME_PROBES_MAX 64           /* slots a lookup may touch; the writer refuses a longer run */
+#define NAMES_MAX 65536              /* names that pods of this node have asked for */
+#define NAME_SELECTORS 16            /* selectors that a name keeps */
+#define LEARNED_MAX 65536            /* addresses that names have led to */
+#define LEARNED_NAMES 28             /* names that an address keeps */
+#define NAME_WAYS 8                  /* words of an index's bucket: one cache line */
+#define QUERIES_MAX 32768            /* queries that wait for an answer */
+#define QUERY_WAYS 4
+#define DNS_LANES 18                 /* who counts: the workers, the sweeper, the proxy */
+#define DNS_SWEEPER 16
+#define DNS_PROXY 17
+#define DNS_SERVERS_MAX 64           /* servers that a worker counts apart, the last one: all others */
+#define DNS_EVENTS_MAX 8192          /* events that a worker keeps */
+#define DNS_EVENT_ADDRESSES 4
+#define FQDN_GROUP_FIRST 4294901760  /* group of selector n: this and n */
+
 #define FRAME_SIZE 4096          /* chunk as the kernel knows it: a page */
 #define FRAME_STRIDE 4160        /* distance of chunks: a page and a cache line, see decision 3 */
 #define FRAME_HEADROOM 256       /* XDP_PACKET_HEADROOM: room for the outer headers */
@@ -104,6 +131,17 @@
 #define PEER_KEEP_SOURCE 8        /* packets to it are not masqueraded */
 
 #define POLICY_AUDIT 1            /* struct policy: what would be denied passes, and is counted */
+#define POLICY_FQDN 2             /* some of its rules name destinations by DNS */
+
+#define NAMING_NXDOMAIN 1         /* struct naming: a name that is not allowed does not exist */
+#define NAMING_BY_IDENTITY 2      /* an address is learned for the identity that asked, not for the node */
+#define PATTERN_DEEP 1            /* struct name_pattern: one or more labels more stand before it */
+#define PATTERN_ANY 2             /* every name, the root too */
+#define NAME_ODD 1                /* struct name: has bytes that no pattern matches */
+#define EVENT_TRUNCATED 1         /* struct dns_event: the answer has TC */
+#define EVENT_TCP 2
+#define EVENT_LEARNED 4           /* an address is new, or newly this name's */
+#define EVENT_AUDITED 8           /* not allowed, but passed: audit */
 
 #define CONNECTION_FLAG_NAT_SOURCE 1   /* the original direction's source is translated */
 #define CONNECTION_FLAG_NAT_TARGET 2   /* and its target */
@@ -112,6 +150,9 @@
 #define CONNECTION_FLAG_PORT_TAKEN 16  /* its NAT port is counted in nat_ports */
 #define CONNECTION_FLAG_HAIRPIN 32     /* a service sends it back to its sender */
 #define CONNECTION_FLAG_OUTSIDE 64     /* came from outside the cluster */
+#define CONNECTION_FLAG_DNS 128        /* a pod's DNS: each packet is looked at */
+#define CONNECTION_TO_PROXY 1          /* struct connection's `names`: its first side goes to the proxy */
+#define CONNECTION_FROM_PROXY 2        /* the proxy has opened it: answers go there */
 
 #define SERVICE_CLUSTER_IP 1      /* struct service: from outside the cluster: REASON_IS_CLUSTER_IP */
 #define SERVICE_KEEP_SOURCE 2     /* from outside: the client's address is kept (traffic policy Local) */
@@ -123,6 +164,7 @@ enum port_kind {
   PORT_POD = 1,                  /* host end of a pod's veth */
   PORT_HOST = 2,                 /* our end of the veth that joins the node's own stack */
   PORT_UPLINK = 3,               /* the device towards other nodes */
+  PORT_PROXY = 4,                /* our end of the veth that joins the DNS proxy */
 };
 
 enum port_state {
@@ -186,7 +228,25 @@ enum slot_state {
   SLOT_DELETED = 2,
 };
 
-/* Life of a record of struct connection. */
+enum dns_type {
+  DNS_TYPE_OTHER = 0,
+  DNS_TYPE_A = 1,
+  DNS_TYPE_AAAA = 2,
+  DNS_TYPE_CNAME = 3,
+  DNS_TYPE_PTR = 4,
+  DNS_TYPE_SRV = 5,
+  DNS_TYPE_TXT = 6,
+  DNS_TYPE_HTTPS = 7,            /* and SVCB: RFC 9460 */
+};
+
+enum dns_event_kind {
+  DNS_EVENT_QUERY = 1,           /* goes on to its server */
+  DNS_EVENT_ANSWER = 2,          /* fits a query */
+  DNS_EVENT_REFUSED = 3,         /* a query that no rule allows, answered here */
+  DNS_EVENT_MISSING = 4,         /* a query without an answer */
+};
+
+/* Life of a record of struct connection, learned, dns_query. */
 enum record_owner {
   RECORD_FREE = 0,
   RECORD_CLAIMED = 1,            /* being made or taken apart by one thread */
@@ -222,6 +282,7 @@ enum reason {
   REASON_ANSWERED_ECHO = 18,     /* Echo request to the gateway or a service answered */
   REASON_AUDITED = 19,           /* Forwarded, policy audit would have denied */
   REASON_HELD = 20,              /* Fragment held until the first one arrives */
+  REASON_ANSWERED_DNS = 21,      /* DNS query refused by policy */
   REASON_INVALID_SOURCE_IP = 132,          /* Invalid source ip */
   REASON_POLICY_DENIED = 133,              /* Policy denied */
   REASON_INVALID_PACKET = 134,             /* Invalid packet */
@@ -234,6 +295,7 @@ enum reason {
   REASON_L3_CHECKSUM = 153,                /* Error while correcting L3 checksum */
   REASON_CT_INSERTION_FAILED = 155,        /* CT: Map insertion failed */
   REASON_INVALID_EXTENSION = 156,          /* Invalid IPv6 extension header */
+  REASON_FRAGMENT_UNSUPPORTED = 157,       /* IP fragmentation not supported */
   REASON_NO_BACKEND = 158,                 /* Service backend not found */
   REASON_NO_TUNNEL = 160,                  /* No tunnel/encapsulation endpoint (datapath BUG!) */
   REASON_UNSUPPORTED_L2 = 166,             /* Unsupported L2 protocol */
@@ -245,6 +307,7 @@ enum reason {
   REASON_IS_CLUSTER_IP = 174,              /* Is a ClusterIP */
   REASON_FRAGMENT_NOT_FOUND = 175,         /* First logical datagram fragment not found */
   REASON_SOURCE_RANGE = 177,               /* Denied by LB src range check */
+  REASON_PROXY_UNSUPPORTED = 180,          /* Proxy redirection not supported for protocol */
   REASON_POLICY_DENIED_BY_RULE = 181,      /* Policy denied by denylist */
   REASON_VLAN = 182,                       /* VLAN traffic disallowed by VLAN filter */
   REASON_WRONG_VNI = 183,                  /* Incorrect VNI from VTEP */
@@ -257,6 +320,7 @@ enum reason {
   REASON_TRANSMIT_FULL = 242,              /* Transmit ring full */
   REASON_PORT_GONE = 243,                  /* Egress device is gone */
   REASON_OVERSIZE = 244,                   /* Packet has too many segments */
+  REASON_DNS_UNASKED = 245,                /* DNS answer without a query */
 };
 
 /* What is to be done with a packet of a vector. */
@@ -552,6 +616,173 @@ struct policy_entry {
   __u32 verdict;
 };
 
+/* What a query needs to be allowed where POLICY_NAMES_ONLY stands: an entry whose match has the
+ * number of one of its name's selectors in bits 16-31, in a chain of the server. */
+
+/* One row: how names are treated. */
+struct naming {
+  __u64 seed;                    /* of the hash of names: nobody outside can make collisions */
+  __u64 depths[2];               /* bit n: there are patterns whose literal end has n labels */
+  __u64 generation;              /* of the patterns, incremented after a change of them */
+  __u32 least_s;                 /* least time to live of an address, TTL or not */
+  __u32 grace_s;                 /* that it stays beyond that */
+  __u32 addresses_most;          /* that a name may lead to */
+  __u32 flags;                   /* NAMING_* */
+  __u64 proxy4;                  /* address of the proxy, a route of ours; 0: there is none */
+  __u64 proxy6_hi;
+  __u64 proxy6_lo;
+  __u16 ports[8];                /* TCP ports besides 53 that the proxy listens at; 0: none more */
+  __u8 domain[64];               /* the cluster's domain as on the wire, without the root */
+  __u32 domain_length;           /* 0: search lists are not known */
+  __u32 domain_labels;
+};
+
+/* Row i: pattern i, which is selector i. A row that is in use is not changed. */
+struct name_pattern {
+  __u64 hash;                    /* of its literal end: the labels behind the last star's */
+  __u8 literal;                  /* labels of that end */
+  __u8 labels;                   /* labels in all */
+  __u8 flags;                    /* PATTERN_* */
+  __u8 state;                    /* enum slot_state, written last */
+  __u32 length;                  /* bytes of text */
+  __u8 text[272];                /* lower case, as on the wire; a star: any characters of a label */
+};
+
+/* Open addressing, linear probing: rows of patterns by the hash of their literal end. */
+struct name_slot {
+  __u64 hash;
+  __u32 row;
+  __u32 state;                   /* enum slot_state, written last */
+};
+
+/* name_index, learned_index: words tag << 32 | tick; 0 empty, 1 being made. Word i leads to row i.
+ * tag: upper half of the hash, never 0; tick: when it was last of use. */
+
+/* Row i: a name. Workers write it; what it led to keeps it: `pinned_until`. */
+struct name {
+  __u64 hash;
+  __u32 generation;              /* lower half of naming.generation that its selectors are of */
+  __u8 length;                   /* bytes of text */
+  __u8 labels;
+  __u8 flags;                    /* NAME_* */
+  __u8 selector_count;
+  __u16 selectors[16];
+  __u32 pinned_until;            /* ticks */
+  __u32 addresses;               /* that it leads to */
+  __u32 queries;
+  __u32 answers;
+  __u32 refused;
+  __u32 failures;                /* answers with an rcode other than 0 */
+  __u32 missing;
+  __u32 capped;                  /* addresses beyond naming.addresses_most */
+  __u64 latency_ns;              /* sum over `answers` */
+  __u64 reserved[5];
+  __u8 text[256];                /* lower case, as on the wire */
+};
+
+/* Row i: an address and the names that led to it, for one identity or for all. */
+struct learned {
+  __u64 hi;
+  __u64 lo;
+  __u32 scope;                   /* identity, 0: all of the node */
+  __u32 owner;                   /* enum record_owner, changed by compare-and-swap */
+  __u32 used;                    /* ticks: when a connection by one of its names was last seen */
+  __u32 until;                   /* ticks: the latest of `expiry` */
+  __u32 family;                  /* 4 or 6 */
+  __u32 reserved[3];
+  __u32 names[28];               /* rows of names */
+  __u32 tags[28];                /* and the tags that these rows had; 0: none */
+  __u32 expiry[28];              /* ticks */
+};
+
+/* A query that waits for its answer. */
+struct dns_query {
+  __u32 owner;                   /* enum record_owner, changed by compare-and-swap */
+  __u32 connection;              /* record */
+  __u32 tuple;                   /* lower half of that connection's flow hash */
+  __u16 id;
+  __u16 type;
+  __u64 question;                /* hash of its name */
+  __u64 sent_ns;                 /* CLOCK_MONOTONIC */
+  __u64 server_hi;
+  __u64 server_lo;
+  __u32 name;                    /* row of names + 1; 0: none */
+  __u16 port;                    /* of the pod */
+  __u8 retries;
+  __u8 missed;                   /* it was counted as missing */
+  __u64 reserved;
+};
+
+/* DNS of a pod (row: its port) or of a server. */
+struct dns_counter {
+  __u64 hi;                      /* a server's address */
+  __u64 lo;
+  __u32 used;                    /* number of the pod's endpoint + 1; a server: 1 */
+  __u32 reserved;
+  __u64 queries;                 /* that went on to a server */
+  __u64 retries;                 /* of these, the same again while it waited */
+  __u64 answers;                 /* that fit a query */
+  __u64 refused;                 /* queries that no rule allows, answered here */
+  __u64 unasked;                 /* answers that fit no query */
+  __u64 malformed;
+  __u64 truncated;               /* answers with TC */
+  __u64 shortened;               /* of these, by us: too large to look into */
+  __u64 missing;                 /* queries without an answer */
+  __u64 latency_ns;              /* sum over `answers` */
+  __u64 types[8];                /* queries by enum dns_type */
+  __u64 rcodes[16];              /* answers */
+  __u32 latency[112];            /* answers by bucket */
+  __u64 reserved1[3];
+};
+
+/* What a worker did about names; the last row is the sweeper's. */
+struct naming_counter {
+  __u64 learned;                 /* addresses that became a name's */
+  __u64 renewed;
+  __u64 names_full;              /* what found no room, by the table or limit that was full */
+  __u64 addresses_full;
+  __u64 address_names_full;
+  __u64 name_capped;
+  __u64 selectors_full;
+  __u64 queries_displaced;
+  __u64 contended;               /* not learned: another worker was at the same row */
+  __u64 expired;                 /* addresses forgotten */
+  __u64 kept;                    /* expired ones that connections still use, at the last sweep */
+  __u64 events;                  /* events written: the next one's number */
+  __u64 capped_hash;             /* hash of the name that `name_capped` was counted for last */
+  __u64 reserved[3];
+};
+
+struct dns_event {
+  __u64 sequence;                /* its number + 1, written last; 0: being written */
+  __u64 time_ns;                 /* CLOCK_MONOTONIC */
+  __u64 latency_ns;
+  __u64 client_hi;
+  __u64 client_lo;
+  __u64 server_hi;               /* the one that policy sees: the backend */
+  __u64 server_lo;
+  __u32 verdict;                 /* verdict word of the connection */
+  __u32 identity;                /* of the pod */
+  __u32 endpoint;                /* number of the pod's endpoint */
+  __u32 ttl;                     /* least one of the answer */
+  __u16 port;                    /* index of the pod's port */
+  __u16 client_port;
+  __u16 server_port;
+  __u16 type;
+  __u16 id;
+  __u8 kind;                     /* enum dns_event_kind */
+  __u8 rcode;
+  __u8 family;
+  __u8 flags;                    /* EVENT_* */
+  __u8 address_count;            /* of the answer, of which the first are here */
+  __u8 cnames;
+  __u64 hi[4];
+  __u64 lo[4];
+  __u32 length;                  /* bytes of text */
+  __u32 reserved[9];
+  __u8 text[256];                /* the name, lower case, as on the wire */
+};
+
 /* Open addressing. port 0 and protocol 0: the address itself (SERVICE_ADDRESS). */
 struct frontend {
   __u64 hi;
@@ -643,7 +874,7 @@ struct connection {
   __u8 flags;                    /* CONNECTION_FLAG_* */
   __u8 tcp_original;             /* TCP flags seen in each direction */
   __u8 tcp_reply;
-  __u32 reserved0;
+  __u32 names;                   /* CONNECTION_TO_PROXY, CONNECTION_FROM_PROXY */
   __u32 last_original;           /* ticks; a free record: when it was freed */
   __u32 last_reply;
   __u64 packets_original;

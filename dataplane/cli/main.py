@@ -31,6 +31,8 @@ COMMANDS = {
     "extcap": ("extcap", "Pods as interfaces in Wireshark"),
     "observe": ("observe", "Flows, as `hubble observe` shows them"),
     "policy": ("policy", "Network policies: get, why SRC DST PORT, try FILE, lint"),
+    "fqdn": ("dns", "DNS names of policies: list, or why NAME"),
+    "dns": ("dns", "DNS of pods: top, slow, events"),
     "identity": ("policy", "Identities and their labels"),
     "ip": ("policy", "Identities of addresses: list, or get ADDRESS"),
     "lb": ("services", "Services: frontends, backends, Maglev tables"),

@@ -18,7 +18,17 @@ import click
 from dataplane.cli.common import ListGroup, ask, config_option, output_option, show
 from dataplane.cli.trial import try_
 
-ENTRY_COLUMNS = ("direction", "peers", "protocol", "ports", "action", "answer", "by", "group")
+ENTRY_COLUMNS = (
+    "direction",
+    "peers",
+    "protocol",
+    "ports",
+    "name",
+    "action",
+    "answer",
+    "by",
+    "group",
+)
 ADDRESS_COLUMNS = ("prefix", "identity", "labels", "group", "flags")
 FINDING_COLUMNS = ("severity", "code", "policy", "rule", "text")
 DENIED = 1

@@ -135,6 +135,7 @@ def _try(
     from dataplane.observe.directory import Directory, End
     from dataplane.observe.history import Past
     from dataplane.policy.options import PolicyOptions
+    from dataplane.tables.shm import LAYOUT, Shm
     from xdp.abi import CONST
 
     options = config.policy
@@ -144,13 +145,14 @@ def _try(
     )  # fmt: skip
     flags = CONST["NODE_POLICY_HAIRPIN"] if options.hairpin == "enforce" else 0
     local = _local(config, objects)
+    node = Shm.open(config.run_dir) if (config.run_dir / "shm" / LAYOUT).exists() else None
     holders = Directory()
     for end in local.endpoints:
         for at in end.addresses:
             key = at.version, int(at) >> 64, int(at) & ((1 << 64) - 1)
             holders.hold(key, End(end.namespace, end.pod), 0)
     trials = [
-        Trial(scratch / name, some, local, policy, flags)
+        Trial(scratch / name, some, local, policy, flags, node)
         for name, some in (("now", objects), ("then", proposed))
     ]
     for problem in trials[1].problems:

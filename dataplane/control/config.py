@@ -244,6 +244,29 @@ class Services(_Section):
         return next((address for address in found if address.version == family), None)
 
 
+class Dns(_Section):
+    """DNS of pods, and policies by name (toFQDNs, rules.dns)."""
+
+    name_error: Literal["refused", "nxdomain"] = Field(
+        "refused", description="answer to a query for a name that no rule of the pod allows"
+    )
+    learned_by: Literal["node", "identity"] = Field(
+        "node", description="who may use an address: all pods of the node, or those like the asking"
+    )
+    least_ttl_s: Annotated[int, Field(ge=0, le=604_800)] = Field(
+        0, description="an address is a name's for so long at least, whatever its TTL"
+    )
+    grace_s: Annotated[int, Field(ge=0, le=604_800)] = Field(
+        60, description="and for so long beyond that: pods keep answers too"
+    )
+    addresses_max: Annotated[int, Field(ge=1, le=65536)] = Field(
+        1000, description="addresses of one name; more are counted and warned of, not learned"
+    )
+    cluster_domain: Annotated[
+        str, Field(pattern=r"^([-a-z0-9_]+(\.[-a-z0-9_]+)*)?$", max_length=62)
+    ] = Field("cluster.local", description="what pods' search lists end in; empty: unknown")
+
+
 class Masquerade(_Section):
     """Source addresses of packets that leave the cluster."""
 
@@ -314,6 +337,7 @@ class Config(_Section):
     forwarder: ForwarderSection = Field(default_factory=ForwarderSection)
     policy: Policy = Field(default_factory=Policy)
     services: Services = Field(default_factory=Services)
+    dns: Dns = Field(default_factory=Dns)
     masquerade: Masquerade = Field(default_factory=Masquerade)
     conntrack: Conntrack = Field(default_factory=Conntrack)
     metrics: Metrics = Field(default_factory=Metrics)

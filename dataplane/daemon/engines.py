@@ -30,6 +30,7 @@ from dataplane.policy.options import LocalEndpoint, LocalView, PolicyOptions
 from dataplane.services.engine import ServiceEngine
 from dataplane.services.health import HealthServer
 from dataplane.services.model import ServiceOptions
+from dataplane.tables.names import NamingOptions
 from dataplane.tables.policies import PolicyWriter
 from dataplane.tables.services import ServiceWriter
 from dataplane.tables.shm import Shm
@@ -55,6 +56,17 @@ class Engines:
                 entries_max=policy.entries_max,
             ),
             shm.folder / RULES,
+        )
+        dns = config.dns
+        self.policy.names.configure(
+            NamingOptions(
+                nxdomain=dns.name_error == "nxdomain",
+                by_identity=dns.learned_by == "identity",
+                least_s=dns.least_ttl_s,
+                grace_s=dns.grace_s,
+                addresses_most=dns.addresses_max,
+                domain=dns.cluster_domain,
+            )
         )
         self.services = ServiceEngine(
             ServiceWriter(shm),

@@ -24,10 +24,11 @@ from dataplane.daemon.log import get_logger
 from dataplane.engine import flowtable
 from dataplane.engine.conntrack import WARN_PERCENT, Conntrack
 from dataplane.engine.frontends import SteeredFrontends
+from dataplane.engine.names import Names
 from dataplane.engine.ports import Ports
 from dataplane.engine.steer import FILE, Steering
 from dataplane.engine.taps import Taps
-from dataplane.engine.worker import Worker
+from dataplane.engine.worker import Worker, make_tables
 from dataplane.tables.connection_view import NUMBERS, Select
 from dataplane.tables.shm import Shm
 from xdp import artifacts
@@ -46,7 +47,7 @@ log = get_logger("forwarder")
 class Forwarder:
     """Workers, sockets and programs over the tables of one node."""
 
-    def __init__(self, shm: Shm, run_dir: Path, handover: Handover) -> None:
+    def __init__(self, shm: Shm, run_dir: Path, state_dir: Path, handover: Handover) -> None:
         """Reserve frames, load the programs, start the workers. Raises XdpError.
 
         handover: what a predecessor has left, and where to leave it.
@@ -89,6 +90,7 @@ class Forwarder:
                 zip(np.array_split(bases, count), self.conntrack.trackers, strict=True)
             )
         ]
+        self.names = Names(shm, make_tables(shm), self.conntrack.trackers, state_dir)
         for worker in self.workers:
             worker.start()
         for worker in self.workers:  # the first answer of a cold start comes after compiling
@@ -98,6 +100,7 @@ class Forwarder:
         self.taps = Taps(shm, self.workers, self.table)
         self.generation = -1
         self._full = False
+        self._told: set[str] = set()  # limits of names that were warned of
         self.started = time.time()
 
     def sync(self) -> list[dict[str, Any]]:
@@ -117,6 +120,7 @@ class Forwarder:
         self.table.collect(self.workers[0].tables, now)
         self._sweep()
         self.taps.turn()
+        self._sweep_names()
         for name in self.ports.check():
             log.warning("device gone", device=name)
         self.frontends.sync()
@@ -132,6 +136,13 @@ class Forwarder:
         if full and not self._full:
             log.warning("the table of connections fills up", **self.conntrack.view())
         self._full = full
+
+    def _sweep_names(self) -> None:
+        """Forget addresses and queries of DNS whose time is over; warn of what became full."""
+        for text in self.names.sweep():
+            if text.partition("(")[0] not in self._told:
+                self._told.add(text.partition("(")[0])
+                log.warning("names", problem=text)
 
     def _alive(self) -> bool:
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
@@ -149,6 +160,7 @@ class Forwarder:
             "ports": self.ports.view(),
             "conntrack": self.conntrack.view(),
             "flow_table": self.table.view(),
+            "names": self.names.view(),
             "generation": self.generation,
             "steering_error": self.steering.error or self.frontends.error,
             "frontends": len(self.frontends),
@@ -163,6 +175,7 @@ class Forwarder:
         self.ports.close(keep_pods)
         for worker in self.workers:
             worker.stop()
+        self.names.save()
         self.bpf.close()
 
 
@@ -227,7 +240,7 @@ async def _wait_for_tables(run_dir: Path) -> Shm:
 def main(config: Config) -> int:
     """Run until SIGTERM; return the exit status."""
     shm = asyncio.run(_wait_for_tables(config.run_dir))
-    forwarder = Forwarder(shm, config.run_dir, Handover())
+    forwarder = Forwarder(shm, config.run_dir, config.state_dir, Handover())
     try:
         forwarder.sync()
         asyncio.run(_serve(forwarder, config))

@@ -38,21 +38,49 @@ class Counters(NamedTuple):
     kicks: Rows  # int64[2]: transmit system calls, and those refused
     clock: Rows  # int64[3]: struct timespec for clock_gettime, and its own memory address
     marks: Rows  # int64[1]: time of the last stage mark, ns
+    dns_pods: Rows  # dns_counter[PORTS_MAX]
+    dns_servers: Rows  # dns_counter[DNS_SERVERS_MAX]
+    dns_events: Rows  # dns_event[DNS_EVENTS_MAX]
+    dns_notes: Rows  # naming_counter[1]
     steps: Rows  # tap_step[STAGES_MAX * VECTOR_MAX]: what stages made of packets, for a trace
 
 
-def make_counters(reasons, ports, stats, ring: Rows | None = None) -> Counters:
+def make_counters(reasons, ports, stats, dns, ring: Rows | None = None) -> Counters:
     """Return a worker's Counters over its rows of the shared counters (dtypes of xdp/abi.h).
 
-    ring: the one that its Tracker has; none: nobody watches.
+    dns: as of dns_rows; ring: the one that its Tracker has; none: nobody watches.
     """
     clock = np.zeros(3, np.int64)
     clock[2] = clock.ctypes.data
     rows = map(Rows, (reasons, ports, stats))
     pending, watch = np.zeros(PENDING, DTYPE["flow_record"]), np.zeros(WATCH_WORDS, np.int64)
     steps = np.zeros(CONST["STAGES_MAX"] * VECTOR_MAX, DTYPE["tap_step"])
-    own = (pending, watch, np.zeros(2, np.int64), clock, np.zeros(1, np.int64), steps)
-    return Counters(*rows, ring or make_ring(), *map(Rows, own))
+    own = (pending, watch, np.zeros(2, np.int64), clock, np.zeros(1, np.int64))
+    return Counters(*rows, ring or make_ring(), *map(Rows, (*own, *dns, steps)))
+
+
+class DnsLane(NamedTuple):
+    """Rows of the counters of DNS of who is no worker: the sweeper, the proxy."""
+
+    dns_pods: Rows
+    dns_servers: Rows
+    dns_events: Rows
+    dns_notes: Rows
+
+
+def make_lane(shm, number) -> DnsLane:
+    """Return a lane of the counters of DNS, DNS_SWEEPER or DNS_PROXY."""
+    return DnsLane(*map(Rows, dns_rows(shm, number)))
+
+
+def dns_rows(shm, number) -> tuple[np.ndarray, ...]:
+    """Return a worker's rows of what is counted and told of DNS."""
+    return (
+        shm.dns_pods[number],
+        shm.dns_servers[number],
+        shm.dns_events[number],
+        shm.dns_notes[number : number + 1],
+    )
 
 
 @inline

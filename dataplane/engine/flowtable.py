@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dataplane.engine.account import make_counters
+from dataplane.engine.account import dns_rows, make_counters
 from dataplane.kernels.flows import Flows, renew
 from dataplane.kernels.harvest import harvest
 from dataplane.kernels.rows import Rows
@@ -77,8 +77,8 @@ class FlowTable:
         self.live = 0
         self.packets = 0
         self._paused = 0  # the generation before `pause`
-        unused = np.zeros(1, DTYPE["worker_stats"])
-        self._counters = make_counters(shm.reasons[-1], shm.port_counters[-1], unused)
+        rows = (shm.reasons[-1], shm.port_counters[-1], np.zeros(1, DTYPE["worker_stats"]))
+        self._counters = make_counters(*rows, dns_rows(shm, CONST["DNS_SWEEPER"]))
 
     def start(self, on: bool) -> None:
         """Open the empty table, or leave it off."""

@@ -18,6 +18,7 @@ from dataplane.engine.rings import collect, flush, receive, transmit
 from dataplane.kernels.admit import admit
 from dataplane.kernels.answer import answer
 from dataplane.kernels.connect import connect
+from dataplane.kernels.dns import names
 from dataplane.kernels.drops import flush_drops, tell_drops
 from dataplane.kernels.flows import install
 from dataplane.kernels.forward import forward
@@ -100,6 +101,8 @@ def stages(b, t, k, f, x, c, watched):
         connect(b, t, k)
     _mark(b, c, CONNECT, watched)
     route(b, t)
+    if b.dns_count[0]:
+        names(b, t, k, c)
     _mark(b, c, ROUTE, watched)
     judge(b, t)
     _mark(b, c, JUDGE, watched)

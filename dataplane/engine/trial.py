@@ -4,10 +4,12 @@ Rule: the policy engine writes the tables and judge_both reads them, as on a nod
 node that runs is touched.
 
 Theory. A trial's tables lie in a scratch folder on tmpfs. Routes are to the pods of this node only,
-since that is all that judging asks of them. One loop over the columns of the flows; a judgement is
+since that is all that judging asks of them. DNS names lead where they do on the node now,
+whatever it was when a flow was recorded. One loop over the columns of the flows; a judgement is
 four look-ups and the policies of both ends.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -24,10 +26,11 @@ from dataplane.policy.engine import PolicyEngine
 from dataplane.policy.options import LocalView, PolicyOptions
 from dataplane.policy.view import rule_names
 from dataplane.tables.model import Adjacency
+from dataplane.tables.names_view import copy_names
 from dataplane.tables.policies import PolicyWriter
 from dataplane.tables.shm import Shm
 from dataplane.tables.writer import TableWriter
-from xdp.abi import value
+from xdp.abi import CONST, value
 
 POD = value("ADJACENCY_POD")
 WIDE, NUMBER = np.uint64, np.int64
@@ -42,9 +45,9 @@ COLUMNS: Mapping[str, type] = {
 @kernel
 def judge_flows(
     t, family, source_hi, source_lo, target_hi, target_lo, protocol, target_port, identity,
-    reasons, words, count,
+    reasons, words, count, tick,
 ):  # fmt: skip
-    """Judge `count` flows. All but t (Tables) and count: Rows, of COLUMNS; reasons: uint8[n].
+    """Judge `count` flows. All but t (Tables) and numbers: Rows, of COLUMNS; reasons: uint8[n].
 
     words: uint32[n]: what denies, or what allows: the sender's policy's before the receiver's.
     """
@@ -55,7 +58,7 @@ def judge_flows(
             port = port >> 8
         verdict = judge_both(
             t, np.int64(family[n]), source_hi[n], source_lo[n], target_hi[n], target_lo[n],
-            kind, port, np.int64(identity[n]),
+            kind, port, np.int64(identity[n]), tick,
         )  # fmt: skip
         reasons[n] = verdict.reason
         word = verdict.word
@@ -76,10 +79,18 @@ class Trial:
     """Policies in tables of their own."""
 
     def __init__(
-        self, folder: Path, objects: Objects, local: LocalView, options: PolicyOptions, flags: int
+        self,
+        folder: Path,
+        objects: Objects,
+        local: LocalView,
+        options: PolicyOptions,
+        flags: int,
+        node: Shm | None = None,
     ) -> None:
-        """folder: for the tables; flags: NODE_*, of the node row."""
+        """folder: for the tables; flags: NODE_*, of the node row; node: whose names lead where."""
         self._shm = Shm.create(folder)
+        if node is not None:
+            copy_names(node, self._shm)  # before the engine, which hashes patterns by their seed
         self._rules = folder / "rules.db"
         writer = TableWriter(self._shm)
         writer.replace_routes(
@@ -104,7 +115,8 @@ class Trial:
         judged = Judged(np.zeros(count, np.uint8), np.zeros(count, np.uint32))
         if count:
             out = (Rows(judged.reasons), Rows(judged.words))
-            judge_flows(self._tables, *map(Rows, rows), *out, count)
+            tick = time.monotonic_ns() >> CONST["TICK_SHIFT"]
+            judge_flows(self._tables, *map(Rows, rows), *out, count, tick)
         return judged
 
     def names(self, words: np.ndarray) -> dict[int, str]:

@@ -21,7 +21,9 @@ import numpy as np
 def _jobs() -> list[tuple[str, Callable[[], object]]]:
     from dataplane.engine import loop
     from dataplane.engine.conntrack import NAT_PORTS, Conntrack
-    from dataplane.engine.worker import Worker
+    from dataplane.engine.judge import Judge
+    from dataplane.engine.names import Names
+    from dataplane.engine.worker import Worker, make_tables
     from dataplane.kernels.flows import renew
     from dataplane.kernels.harvest import harvest
     from dataplane.tables.shm import Shm
@@ -33,6 +35,7 @@ def _jobs() -> list[tuple[str, Callable[[], object]]]:
     conntrack = Conntrack(shm, np.zeros(NAT_PORTS, np.uint32), 1)
     worker = Worker(0, shm, 0, frames, 0, conntrack.trackers[0], conntrack.flows)
     worker.control[loop.CONTROL_STOP] = 1  # run returns before its first step
+    names = Names(shm, make_tables(shm), conntrack.trackers, Path(scratch.name))
     batch, _, *stages, _, _ = worker.arguments
     tables, _, _, flows, counters = stages
     kernels = [
@@ -52,6 +55,8 @@ def _jobs() -> list[tuple[str, Callable[[], object]]]:
         ("the counters", lambda: loop.tally(batch, tables, counters)),
         ("connections' time-outs", conntrack.sweep),
         ("and flush", conntrack.compile),
+        ("names", names.compile),
+        ("names over TCP", Judge(shm).compile),
         ("the scratch files away", scratch.cleanup),
     ]
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dataplane.engine import loop
-from dataplane.engine.account import make_counters
+from dataplane.engine.account import dns_rows, make_counters
 from dataplane.engine.rings import (
     FILL_LEAST,
     FILL_MOST,
@@ -35,6 +35,7 @@ from dataplane.kernels.batch import make_batch
 from dataplane.kernels.connections import Tracker
 from dataplane.kernels.flows import Flows
 from dataplane.kernels.fragments import make_fragments
+from dataplane.kernels.naming import make_naming
 from dataplane.kernels.rows import Rows
 from dataplane.kernels.tables import Tables
 from dataplane.kernels.taps import make_watch
@@ -68,6 +69,7 @@ class Worker:
             shm.reasons[number],
             shm.port_counters[number],
             shm.worker_stats[number : number + 1],
+            dns_rows(shm, number),
             tracker.ring,
         )
         self.watch = make_watch(shm, number)
@@ -199,8 +201,9 @@ class Worker:
 
 def make_tables(shm: Any) -> Tables:
     """Return the kernels' view of the tables in shared memory."""
-    arrays = {name: getattr(shm, name) for name in Tables._fields if name != "buckets"}
+    shared = [name for name in Tables._fields if name not in ("buckets", "naming")]
     return Tables(
+        naming=make_naming(shm),
         buckets=Rows(np.zeros(4, np.int64)),
-        **{name: Rows(array) for name, array in arrays.items()},
+        **{name: Rows(getattr(shm, name)) for name in shared},
     )

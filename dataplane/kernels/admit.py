@@ -33,6 +33,7 @@ from xdp.abi import CONST, value
 
 PORT_POD = value("PORT_POD")
 PORT_HOST = value("PORT_HOST")
+PORT_PROXY = value("PORT_PROXY")
 PORT_UPLINK = value("PORT_UPLINK")
 ADJACENCY_POD = value("ADJACENCY_POD")
 ADJACENCY_HOST = value("ADJACENCY_HOST")
@@ -159,7 +160,7 @@ def admit(b, t):
             _admit_pod(b, t, i)
         elif kind == PORT_UPLINK:
             _admit_uplink(b, t, i)
-        elif kind != PORT_HOST:
+        elif kind != PORT_HOST and kind != PORT_PROXY:
             drop(b, i, PORT_GONE)
         if b.verdict[i] == VERDICT_PENDING and b.flags[i] & FLAG_MULTICAST:
             if b.kind[i] == KIND_OTHER or not is_gateway_solicitation(b, t, i):

@@ -186,7 +186,7 @@ def _answer_nd(b, t, i):
 
 
 @inline
-def _return_to_source(b, t, i, from_hi, from_lo):
+def return_to_source(b, t, i, from_hi, from_lo):
     """Make packet i one from the given address of ours to its old source, ready for forward."""
     b.target_hi[i] = b.source_hi[i]
     b.target_lo[i] = b.source_lo[i]
@@ -228,7 +228,7 @@ def _answer_echo(b, t, i):
         store64be(at + wire.IP6_TARGET + 8, b.source_lo[i])
         store8(at + wire.IP6_HOPS, TTL)
     b.reason[i] = ANSWERED_ECHO
-    _return_to_source(b, t, i, b.target_hi[i], b.target_lo[i])
+    return_to_source(b, t, i, b.target_hi[i], b.target_lo[i])
 
 
 @inline
@@ -314,7 +314,7 @@ def _settle_error(b, t, i, at, size, protocol, own_hi, own_lo):
     b.tos[i] = TOS_CONTROL
     b.source_port[i] = 0
     b.target_port[i] = 0
-    _return_to_source(b, t, i, own_hi, own_lo)
+    return_to_source(b, t, i, own_hi, own_lo)
 
 
 @inline

@@ -116,6 +116,8 @@ COLUMNS = {
     "nat_ports": NUMBER,  # source port << 16 | target port
     "todo": NUMBER,  # packets that `connect` has to look at
     "todo_count": SINGLE,  # int64[1]
+    "dns": NUMBER,  # packets of DNS connections, for `names`
+    "dns_count": SINGLE,
     "hashes": WIDE,  # hash of the tuple, ports included
 }
 """Name -> dtype and length of a column."""

@@ -44,6 +44,7 @@ from dataplane.kernels.connections import (
     remove,
     unlink,
 )
+from dataplane.kernels.dns_lead import DNS, TO_PROXY, lead
 from dataplane.kernels.events import begin
 from dataplane.kernels.house import inline, kernel, load8, load32, load64, swap32
 from dataplane.kernels.nat import (
@@ -61,7 +62,7 @@ from dataplane.kernels.related import find_related
 from dataplane.kernels.route import lookup
 from dataplane.kernels.service import choose, find_frontend, may_come
 from dataplane.kernels.states import first_state
-from dataplane.kernels.track import count, is_new, settle, translated
+from dataplane.kernels.track import count, is_new, note_dns, settle, translated
 from dataplane.kernels.verdict import judge_both
 from xdp.abi import CONST, value
 
@@ -79,6 +80,7 @@ NO_NAT_MAPPING = value("REASON_NO_NAT_MAPPING")
 NAT_UNSUPPORTED = value("REASON_NAT_UNSUPPORTED")
 IS_CLUSTER_IP = value("REASON_IS_CLUSTER_IP")
 SOURCE_RANGE = value("REASON_SOURCE_RANGE")
+PROXY_UNSUPPORTED = value("REASON_PROXY_UNSUPPORTED")
 
 NODE_REJECT = CONST["NODE_REJECT"]
 SERVICE_CLUSTER_IP = CONST["SERVICE_CLUSTER_IP"]
@@ -171,7 +173,7 @@ def _write(t, k, record, b, i, flags, hi, lo, target_hi, target_lo, own_port, po
     c.icmp_type = _l4(b, i, 0)
     c.generation = k.words[JUDGEMENT]
     c.state = first_state(protocol, b.address[i] + b.l4[i])
-    c.flags = flags
+    c.flags, c.names = flags & 0xFF, flags >> 8
     c.tcp_original = c.tcp_reply = 0
     if protocol == wire.TCP:
         c.tcp_original = load8(b.address[i] + b.l4[i] + wire.TCP_FLAGS)
@@ -207,33 +209,44 @@ def _create(b, t, k, i):
             return  # the node's own
     verdict = judge_both(
         t, b.kind[i], b.source_hi[i], b.source_lo[i], b.target_hi[i], b.target_lo[i],
-        b.protocol[i], _l4(b, i, port), b.identity[i],
+        b.protocol[i], _l4(b, i, port), b.identity[i], k.words[TICK],
     )  # fmt: skip
     b.source_identity[i] = np.int64(t.peers[verdict.source].identity)
     b.target_identity[i] = np.int64(t.peers[verdict.target].identity)
-    if verdict.reason:
+    reason, word = verdict.reason, verdict.word
+    led = lead(b, t, i, verdict.egress, port)
+    if reason == 0 and led < 0:
+        reason, word = PROXY_UNSUPPORTED, verdict.egress
+    if reason:
         if service:
             served(b, i, service, b.target_hi[i], b.target_lo[i], port)
         b.target_hi[i], b.target_lo[i] = target_hi, target_lo
-        deny(b, i, verdict.reason, verdict.word)
+        deny(b, i, reason, word)
         return
     if not _has_way(b, t, i, service, adjacency):
         return  # `judge` says why; nothing is remembered of what goes nowhere
-    flags, hi, lo = new_source(b, t, i, service, adjacency)
-    own = take_port(
-        t, k, b.kind[i], b.protocol[i], hi, lo, b.target_hi[i], b.target_lo[i], port,
-        b.source_port[i], (flags & PORT_TAKEN) != 0, b.hashes[i],
-    )  # fmt: skip
-    if own < 0:
-        if own == NO_PORT:
-            note_exhausted(k, b.target_hi[i], b.target_lo[i], port, b.protocol[i], b.now_ns[0])
+    if led >> 8 == TO_PROXY:  # who goes on to the backend from there
         b.target_hi[i], b.target_lo[i] = target_hi, target_lo
-        prohibit(b, i, NO_NAT_MAPPING if own == NO_PORT else NAT_UNSUPPORTED)  # RFC 5508 REQ-8
-        return
-    if own != b.source_port[i]:
-        flags |= NAT_SOURCE
-    if service:
-        flags |= NAT_TARGET
+        flags, hi, lo = led, b.source_hi[i], b.source_lo[i]
+        own, port = b.source_port[i], b.target_port[i]
+    else:
+        flags, hi, lo = new_source(b, t, i, service, adjacency)
+        own = take_port(
+            t, k, b.kind[i], b.protocol[i], hi, lo, b.target_hi[i], b.target_lo[i], port,
+            b.source_port[i], (flags & PORT_TAKEN) != 0, b.hashes[i],
+        )  # fmt: skip
+        if own < 0:
+            if own == NO_PORT:
+                note_exhausted(k, b.target_hi[i], b.target_lo[i], port, b.protocol[i], b.now_ns[0])
+            b.target_hi[i], b.target_lo[i] = target_hi, target_lo
+            # RFC 5508 REQ-8
+            prohibit(b, i, NO_NAT_MAPPING if own == NO_PORT else NAT_UNSUPPORTED)
+            return
+        flags |= led
+        if own != b.source_port[i]:
+            flags |= NAT_SOURCE
+        if service:
+            flags |= NAT_TARGET
     if b.flags[i] & FLAG_OUTSIDE:
         flags |= OUTSIDE
     if verdict.audited:
@@ -285,8 +298,11 @@ def _insert(
 @inline
 def _pass(b, i, record, way, tick):
     count(b, i, record, way, tick)
-    if load8(record + FLAGS) & (NAT_SOURCE | NAT_TARGET) and not translated(b, i, record, way):
+    flags = load8(record + FLAGS)
+    if flags & (NAT_SOURCE | NAT_TARGET) and not translated(b, i, record, way):
         drop(b, i, INSERTION_FAILED)
+    elif flags & DNS:
+        note_dns(b, i)
 
 
 @inline

@@ -21,7 +21,9 @@ from dataplane.kernels.parse import mix, tuple_word
 from dataplane.kernels.route import peer_of
 from xdp.abi import CONST, value
 
-PORT_POD, PORT_HOST, PORT_UPLINK = (value(f"PORT_{name}") for name in ("POD", "HOST", "UPLINK"))
+PORT_POD, PORT_HOST, PORT_UPLINK, PORT_PROXY = (
+    value(f"PORT_{name}") for name in ("POD", "HOST", "UPLINK", "PROXY")
+)
 ADJACENCY_POD = value("ADJACENCY_POD")
 ADJACENCY_HOST = value("ADJACENCY_HOST")
 ADJACENCY_GATEWAY = value("ADJACENCY_GATEWAY")
@@ -73,7 +75,8 @@ def new_source(b, t, i, service, adjacency):
         if kind == PORT_UPLINK and (leaves or row.kind == ADJACENCY_TUNNEL):
             hi, lo = node_source(t, four)  # so that replies come back this way
             return NAT_SOURCE | PORT_TAKEN, hi, lo
-    if leaves and (kind == PORT_POD or (service and kind == PORT_HOST)):
+    from_pod = kind == PORT_POD or kind == PORT_PROXY
+    if leaves and (from_pod or (service and kind == PORT_HOST)):
         peer = t.peers[peer_of(t, b.kind[i], b.target_hi[i], b.target_lo[i])]
         wanted = node.masquerade4 if four else node.masquerade6_hi | node.masquerade6_lo
         if wanted != ZERO and not peer.flags & PEER_KEEP_SOURCE:

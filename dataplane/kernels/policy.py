@@ -8,6 +8,8 @@ are asked, the peer's group and "any peer" (0); in each the longest port prefix 
 counts, and the compiler has folded shorter ones into it. A deny of either chain wins, then an
 allow, then what the policy says of the rest. A row of zeros says nothing, which is a deny: a new
 pod is closed until its policy is written. The verdict word carries the rule's number (xdp/abi.h).
+DNS names that may be asked for (rules.dns) have chains of their own beside those of addresses: the
+number of a name's selector is part of the entry.
 """
 
 import numpy as np
@@ -20,6 +22,7 @@ PROBES_MAX = CONST["POLICY_PROBES_MAX"]
 ANY_PROTOCOL = CONST["POLICY_ANY_PROTOCOL"]
 ALLOW, DENY = CONST["POLICY_ALLOW"], CONST["POLICY_DENY"]
 ACTION = CONST["POLICY_ACTION_MASK"]
+NAMES, NAMES_ONLY = CONST["POLICY_NAMES"], CONST["POLICY_NAMES_ONLY"]
 ANY_BIT = 1 << CONST["POLICY_DEPTH_ANY"]
 EXACT = 16
 ENTRY = DTYPE["policy_entry"].itemsize
@@ -56,21 +59,33 @@ def _entry(entries, key, match):
 
 
 @inline
-def _chain(entries, row, group, direction, protocol, port, depths):
-    """Verdict word of one chain, 0 when it says nothing."""
+def chain(entries, row, group, direction, protocol, port, depths, selector):
+    """Verdict word of one chain, 0 when it says nothing. selector: of a name, 0: of addresses."""
     base = (row << 48) | (group << 16)
+    kind = (selector << 16) | (direction << 7)
     bits = depths & 0x1FFFF
     while bits:
         depth = highest_bit(np.uint64(bits))
         bits ^= 1 << depth
         shift = EXACT - depth
         key = base | ((port >> shift) << shift)
-        word = _entry(entries, key, (protocol << 8) | (direction << 7) | (depth + 1))
+        word = _entry(entries, key, kind | (protocol << 8) | (depth + 1))
         if word:
             return word
     if depths & ANY_BIT:
-        return _entry(entries, base, (ANY_PROTOCOL << 8) | (direction << 7) | 1)
+        return _entry(entries, base, kind | (ANY_PROTOCOL << 8) | 1)
     return np.int64(0)
+
+
+@inline
+def both(one, other):
+    """What two chains say together that both allow, or of which one says nothing.
+
+    Names are looked at where one of them asks for it, and restricted where both do.
+    """
+    if one == 0 or other == 0:
+        return one | other
+    return (one | (other & NAMES)) & ~(NAMES_ONLY & ~other)
 
 
 @outline
@@ -81,17 +96,16 @@ def ask(entries, row, group, direction, protocol, port, depths, otherwise):
     """
     if depths == 0:
         return np.int64(otherwise)
-    mine = np.int64(0)
+    none = mine = np.int64(0)
     if group:
-        mine = _chain(entries, row, group, direction, protocol, port, depths)
+        mine = chain(entries, row, group, direction, protocol, port, depths, none)
         if mine & ACTION == DENY:
             return mine
-    any_peer = _chain(entries, row, np.int64(0), direction, protocol, port, depths)
+    any_peer = chain(entries, row, none, direction, protocol, port, depths, none)
     if any_peer & ACTION == DENY:
         return any_peer
-    if mine:
-        return mine
-    return any_peer if any_peer else np.int64(otherwise)
+    word = both(mine, any_peer)
+    return word if word else np.int64(otherwise)
 
 
 @inline

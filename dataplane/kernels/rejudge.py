@@ -12,7 +12,8 @@ UDP entries likewise).
 import numpy as np
 
 from dataplane.kernels import wire
-from dataplane.kernels.connections import JUDGEMENT
+from dataplane.kernels.connections import JUDGEMENT, TICK
+from dataplane.kernels.dns_lead import TO_PROXY, is_led_right, server_of
 from dataplane.kernels.house import inline
 from dataplane.kernels.states import SYN_SENT
 from dataplane.kernels.verdict import judge_both
@@ -27,7 +28,7 @@ AUDITED = CONST["CONNECTION_FLAG_AUDITED"]
 def _backend_is_gone(t, number):
     """Whether a connection that can still move has lost the backend that it was given."""
     c = t.connections[number]
-    if c.service == 0:
+    if c.service == 0 or c.names & TO_PROXY:
         return False
     protocol = np.int64(c.word >> np.uint64(8)) & 0xFF
     if protocol == wire.TCP and c.state != SYN_SENT:
@@ -46,13 +47,15 @@ def judge_again(t, k, number):
     c = t.connections[number]
     protocol = np.int64(c.word >> np.uint64(8)) & 0xFF
     kind = np.int64(c.word & np.uint64(0xFF))
-    port = np.int64(c.reply_word >> np.uint64(48))
+    target_hi, target_lo, port = server_of(t, number)
     if protocol == wire.ICMP or protocol == wire.ICMP6:
         port = np.int64(c.icmp_type)
     verdict = judge_both(
-        t, kind, c.source_hi, c.source_lo, c.reply_source_hi, c.reply_source_lo,
-        protocol, port, np.int64(c.source_identity),
+        t, kind, c.source_hi, c.source_lo, target_hi, target_lo,
+        protocol, port, np.int64(c.source_identity), k.words[TICK],
     )  # fmt: skip
+    if not is_led_right(t, number, verdict.egress):
+        return False
     k.counters[0].rejudged += np.uint64(1)
     flags = np.int64(c.flags) & ~(DENIED | AUDITED)
     if verdict.reason:

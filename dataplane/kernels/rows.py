@@ -11,6 +11,8 @@ same packet's entries do not all fall into the same few cache sets. Nothing is c
 outside is as fatal as in C.
 """
 
+import functools
+import hashlib
 import operator
 from typing import Any
 
@@ -47,6 +49,7 @@ class Rows:
         assert array.flags.c_contiguous, "rows must lie side by side"
         self.array = array.reshape(-1)
         self.address = array.ctypes.data
+        self.kind = _type_of(array.dtype)  # numba asks for it at every call
 
     def __getitem__(self, key: Any) -> Any:
         """As the array's."""
@@ -66,12 +69,20 @@ class RowsType(types.Type):
     def __init__(self, element: types.Type) -> None:
         """element: a Record or a number."""
         self.element = element
-        super().__init__(name=f"Rows({element})")
+        # A record's name spells out all of its fields: 20 KB for some, at each call, in each symbol
+        digest = hashlib.blake2s(str(element).encode(), digest_size=8).hexdigest()
+        super().__init__(name=f"Rows({digest})")
 
 
 @typeof_impl.register(Rows)
 def _typeof(value: Rows, context: object) -> RowsType:
-    return RowsType(numpy_support.from_dtype(value.array.dtype))
+    return value.kind
+
+
+@functools.cache
+def _type_of(dtype: Any) -> RowsType:
+    """Return the type of Rows of a dtype; numba takes a millisecond for a large one."""
+    return RowsType(numpy_support.from_dtype(dtype))
 
 
 @register_model(RowsType)

@@ -11,6 +11,7 @@ tables of several dimensions are one row after the other.
 
 from typing import NamedTuple
 
+from dataplane.kernels.naming import Naming
 from dataplane.kernels.rows import Rows
 
 BUCKET_TOKENS = 0  # tokens left, in units of 1/1000 of a packet
@@ -49,4 +50,5 @@ class Tables(NamedTuple):
     affinities: Rows  # affinity[AFFINITY_SLOTS]: written by workers
     connections: Rows  # connection[CONNECTIONS_MOST]: written by workers
     connection_index: Rows  # uint64[CONNECTION_SLOTS]: written by workers
+    naming: Naming  # the tables about names
     buckets: Rows  # int64[4]: token bucket of this worker's own answers

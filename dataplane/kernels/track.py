@@ -88,6 +88,7 @@ NAT_SOURCE = CONST["CONNECTION_FLAG_NAT_SOURCE"]
 NAT_TARGET = CONST["CONNECTION_FLAG_NAT_TARGET"]
 DENIED = CONST["CONNECTION_FLAG_DENIED"]
 AUDITED = CONST["CONNECTION_FLAG_AUDITED"]
+DNS = CONST["CONNECTION_FLAG_DNS"]
 REFUSAL, REASON, SERVICE = offset("refusal"), offset("reason"), offset("service")
 SOURCE_IDENTITY, TARGET_IDENTITY = offset("source_identity"), offset("target_identity")
 GENERATION_MASK = 0xFFFFFFFF
@@ -180,9 +181,18 @@ def settle(b, i, record, way, tick, places, ring):
                 note(ring, record, CHANGE, flags_seen, REPLY if way else 0)
     if flags & AUDITED:
         b.flags[i] |= FLAG_AUDITED
-    if flags & (NAT_SOURCE | NAT_TARGET):
-        return translated(b, i, record, way)
+    if flags & (NAT_SOURCE | NAT_TARGET) and not translated(b, i, record, way):
+        return False
+    if flags & DNS:
+        note_dns(b, i)
     return True
+
+
+@inline
+def note_dns(b, i):
+    """Put packet i on the list of what `names` has to look at."""
+    b.dns[b.dns_count[0]] = i
+    b.dns_count[0] += 1
 
 
 @inline
@@ -277,6 +287,7 @@ def track(b, t, k):
     judgement, tick, places = k.words[JUDGEMENT], k.words[TICK], k.places.address
     ring = k.ring.address
     todo = 0
+    b.dns_count[0] = 0
     for i in range(b.count[0]):
         if not trackable(b, t, i):
             continue

@@ -8,7 +8,8 @@ policy sees the backend that a service has chosen, not the service (Kubernetes l
 Cilium and kube-proxy do it so), and the receiver's policy sees the sender before masquerading. ICMP
 is judged by its type, which stands in the place of the port. A source that came through the tunnel
 and is not known here yet counts as what its VNI says, where identities are allocated for the whole
-cluster.
+cluster. Where no rule about addresses decides, those about names may (rules toFQDNs): the address
+may be one that an answer of DNS has led to.
 """
 
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataplane.kernels import policy
+from dataplane.kernels.dns_learned import ask_names, scope_of
 from dataplane.kernels.house import inline
 from dataplane.kernels.route import lookup, peer_of
 from xdp.abi import CONST, value
@@ -26,7 +28,10 @@ DENIED_BY_RULE = value("REASON_POLICY_DENIED_BY_RULE")
 NOT_READY = value("REASON_ENDPOINT_NOT_READY")
 AUDIT = CONST["POLICY_AUDIT"]
 POLICY_HAIRPIN = CONST["NODE_POLICY_HAIRPIN"]
+BY_NAMES = CONST["POLICY_FQDN"]
+UNMANAGED = value("IDENTITY_UNMANAGED")
 IDENTITIES_MAX = CONST["IDENTITIES_MAX"]
+RESTRICTED = CONST["POLICY_NAMES"] | CONST["POLICY_NAMES_ONLY"]
 KNOWN = CONST["PEER_HOST"] | CONST["PEER_REMOTE_NODE"] | CONST["PEER_POD"]
 
 
@@ -54,6 +59,31 @@ def source_peer(t, kind, hi, lo, identity):
 
 
 @inline
+def in_cluster(peer):
+    """Whether a row of peers is of the cluster: names do not lead there, whatever DNS says."""
+    return peer.flags & KNOWN != 0 or peer.identity == UNMANAGED
+
+
+@inline
+def _egress(t, row, kind, hi, lo, target, protocol, port, identity, tick):
+    """Verdict word of policy `row`, of a pod of this identity, for a peer (row) at an address."""
+    rules = t.policies[row]
+    word = policy.egress(t, row, np.int64(t.peers[target].group), protocol, port)
+    if not rules.flags & BY_NAMES or in_cluster(t.peers[target]):
+        return word
+    allowed = policy.allows(word)
+    if word & RESTRICTED == 0 if allowed else word != np.int64(rules.egress_otherwise):
+        return word
+    found = ask_names(
+        t.naming, t.policy_entries.address, kind, hi, lo, scope_of(t.naming, identity), row,
+        protocol, port, np.int64(rules.egress_depths), np.int64(0), tick,
+    )  # fmt: skip
+    if found == 0:
+        return word
+    return policy.both(word if allowed else np.int64(0), found)
+
+
+@inline
 def _reason(word, otherwise):
     if word == 0:
         return NOT_READY
@@ -62,7 +92,7 @@ def _reason(word, otherwise):
 
 @inline
 def judge_both(
-    t, kind, source_hi, source_lo, target_hi, target_lo, protocol, port, identity
+    t, kind, source_hi, source_lo, target_hi, target_lo, protocol, port, identity, tick
 ):  # fmt: skip
     """Return the Verdict about a connection. port: the target's, or the ICMP type."""
     source = source_peer(t, kind, source_hi, source_lo, identity)
@@ -78,7 +108,10 @@ def judge_both(
             return Verdict(reason, word, egress, ingress, audited, source, target)
     if from_pod:
         row = np.int64(t.subjects[sender.port].policy)
-        egress = policy.egress(t, row, np.int64(t.peers[target].group), protocol, port)
+        own = np.int64(t.subjects[sender.port].identity)
+        egress = _egress(
+            t, row, kind, target_hi, target_lo, target, protocol, port, own, tick
+        )  # fmt: skip
         if not policy.allows(egress):
             reason = _reason(egress, np.int64(t.policies[row].egress_otherwise))
             word = egress

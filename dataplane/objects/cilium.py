@@ -8,32 +8,25 @@ Theory. Semantics follow Cilium's documentation (Documentation/security/policy) 
 namespace unless it asks for another or for namespace labels; peers of a clusterwide policy are
 pods; a rule without peers needs ports to mean "any peer"; an empty list of peers means none;
 protocol ANY is TCP, UDP and SCTP; port 0 is every port; a direction with rules is default deny
-unless enableDefaultDeny says otherwise. Fields of layer 7, DNS names and authentication are known
-and refused; UNSUPPORTED (cilium_words.py) is the one list of them.
+unless enableDefaultDeny says otherwise; toFQDNs stands alone in its element and only allows. Fields
+of layer 7 other than rules.dns (cilium_ports.py) and of authentication are known and refused;
+UNSUPPORTED (cilium_words.py) is the one list of them.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from dataplane.objects.cilium_words import (
-    ENTITIES,
-    ICMP4_TYPES,
-    ICMP6_TYPES,
-    PROTOCOLS,
-    UNSUPPORTED,
-    WITHOUT_PORTS,
-)
-from dataplane.objects.core import PORT_MOST, namespace_of
+from dataplane.objects.cilium_ports import check, ports_of
+from dataplane.objects.cilium_words import ENTITIES
+from dataplane.objects.core import namespace_of
 from dataplane.objects.manifest import (
     Cidr,
     Place,
     brief,
     choice,
     flag,
-    integer,
     items,
     refuse,
     section,
@@ -41,20 +34,20 @@ from dataplane.objects.manifest import (
     text,
     texts,
 )
+from dataplane.objects.names import name_pattern
 from dataplane.objects.policies import (
     DIRECTIONS,
+    EGRESS,
     INGRESS,
     Block,
     Peer,
     Policy,
-    PortMatch,
     Rule,
     ServiceRef,
     Spec,
     annotations,
     inside,
     network,
-    port_name,
 )
 from dataplane.objects.selectors import (
     EXISTS,
@@ -73,7 +66,6 @@ from dataplane.objects.selectors import (
 )
 from xdp.abi import value
 
-PORTS_MOST = 40  # of one element, also ICMP fields: pkg/policy/api, rule_validation.go
 LOG_MOST = 32
 IDENTITY_FIRST, IDENTITY_LAST = value("IDENTITY_CLUSTER_FIRST"), value("IDENTITY_HASHED_FIRST") - 1
 
@@ -119,14 +111,6 @@ def _policy(manifest: Mapping[str, Any], name: str, kind: str, namespace: str) -
     return Policy(kind, namespace, name, tuple(specs), *annotations(manifest))
 
 
-def _check(value: Mapping[str, Any], place: Place, fields: tuple[str, ...]) -> None:
-    """Raise ManifestError for a field that we do not do, or nobody knows."""
-    for name, one in value.items():
-        if name in UNSUPPORTED and name not in fields and one is not None:
-            raise refuse((*place, name), UNSUPPORTED[name])
-    known(value, place, (*fields, *UNSUPPORTED))
-
-
 class _Reader:
     """Reads the specs of a policy of a namespace ("": clusterwide)."""
 
@@ -137,7 +121,7 @@ class _Reader:
     def spec(self, spec: Mapping[str, Any], place: Place, number: int) -> Spec:
         lists = [f"{name}{deny}" for name in DIRECTIONS.values() for deny in ("", "Deny")]
         fields = ("endpointSelector", "enableDefaultDeny", "description", "labels", "log")
-        _check(spec, place, (*fields, *lists))
+        check(spec, place, (*fields, *lists))
         if spec.get("endpointSelector") is None:
             raise refuse((*place, "endpointSelector"), "is missing")
         subject = self._subject(spec["endpointSelector"], (*place, "endpointSelector"))
@@ -192,14 +176,16 @@ class _Reader:
         found = []
         for n, rule in enumerate(sections(spec.get(name), (*place, name))):
             at: Place = (*place, name, n)
-            peers = self._peers(rule, at, "from" if direction == INGRESS else "to")
-            ports = self._ports(rule, at)
-            if peers is None and ports is None and not _names_peers(rule):
-                peers = ()  # an empty element selects nothing: it isolates only
-            found.append(Rule(direction, name, n, bool(deny), peers, ports))
+            peers = self._peers(rule, at, "from" if direction == INGRESS else "to", bool(deny))
+            for ports, names in ports_of(rule, at, direction == EGRESS and not deny):
+                if peers is None and ports is None and not _names_peers(rule):
+                    peers = ()  # an empty element selects nothing: it isolates only
+                found.append(Rule(direction, name, n, bool(deny), peers, ports, names))
         return found
 
-    def _peers(self, rule: Mapping[str, Any], place: Place, way: str) -> tuple[Peer, ...] | None:
+    def _peers(
+        self, rule: Mapping[str, Any], place: Place, way: str, deny: bool
+    ) -> tuple[Peer, ...] | None:
         readers: dict[str, Callable[[object, Place], list[Peer] | None]] = {
             f"{way}Endpoints": self._endpoints,
             f"{way}CIDR": self._cidrs,
@@ -208,7 +194,9 @@ class _Reader:
         }
         if way == "to":
             readers["toServices"] = self._services
-        _check(rule, place, (*readers, "toPorts", "icmps"))
+            if not deny:
+                readers["toFQDNs"] = self._names
+        check(rule, place, (*readers, "toPorts", "icmps"))
         given = [name for name in readers if rule.get(name) is not None]
         full = [name for name in given if rule[name]]
         if len(full) > 1:
@@ -248,7 +236,7 @@ class _Reader:
         found: list[Peer] = []
         for n, one in enumerate(sections(given, place)):
             at: Place = (*place, n)
-            _check(one, at, ("cidr", "except"))
+            check(one, at, ("cidr", "except"))
             cidr = network(one.get("cidr"), (*at, "cidr"))
             excepts = []
             for m, part in enumerate(items(one.get("except"), (*at, "except"))):
@@ -266,6 +254,9 @@ class _Reader:
             everything |= members is None
             found += members or ()
         return None if everything else found
+
+    def _names(self, given: object, place: Place) -> list[Peer] | None:
+        return [name_pattern(one, (*place, n)) for n, one in enumerate(sections(given, place))]
 
     def _services(self, given: object, place: Place) -> list[Peer] | None:
         found: list[Peer] = []
@@ -294,34 +285,9 @@ class _Reader:
         labels = selector(read(one["selector"], (*at, "selector"), pod_key))
         return ServiceRef(namespace or self._namespace, labels=labels)
 
-    def _ports(self, rule: Mapping[str, Any], place: Place) -> tuple[PortMatch, ...] | None:
-        ports, icmps = items(rule.get("toPorts"), place), items(rule.get("icmps"), place)
-        if ports and icmps:
-            raise refuse((*place, "icmps"), "cannot stand beside toPorts: use two elements")
-        found: list[PortMatch] = []
-        for n, one in enumerate(sections(rule.get("toPorts"), (*place, "toPorts"))):
-            at: Place = (*place, "toPorts", n)
-            _check(one, at, ("ports",))
-            given = sections(one.get("ports"), (*at, "ports"))
-            _few(given, (*at, "ports"))
-            for m, port in enumerate(given):
-                found += _port(port, (*at, "ports", m))
-        for n, one in enumerate(sections(rule.get("icmps"), (*place, "icmps"))):
-            at = (*place, "icmps", n)
-            known(one, at, ("fields",))
-            given = sections(one.get("fields"), (*at, "fields"))
-            _few(given, (*at, "fields"))
-            found += [_icmp(field, (*at, "fields", m)) for m, field in enumerate(given)]
-        return tuple(found) if ports or icmps else None
-
 
 def _names_peers(rule: Mapping[str, Any]) -> bool:
     return any(one is not None for name, one in rule.items() if name not in ("toPorts", "icmps"))
-
-
-def _few(given: list[Any], place: Place) -> None:
-    if len(given) > PORTS_MOST:
-        raise refuse(place, f"{len(given)} elements, limit {PORTS_MOST}: use two elements")
 
 
 def _cidr(given: object, place: Place) -> Cidr:
@@ -330,43 +296,3 @@ def _cidr(given: object, place: Place) -> Cidr:
         return ip_network(one, strict=False) if "/" in one else ip_network(ip_address(one))
     except ValueError as error:
         raise refuse(place, str(error)) from error
-
-
-def _port(port: Mapping[str, Any], place: Place) -> list[PortMatch]:
-    known(port, place, ("port", "endPort", "protocol"))
-    at: Place = (*place, "protocol")
-    name = text(port.get("protocol"), at).upper() or "ANY"
-    protocols = PROTOCOLS[choice(name, at, tuple(PROTOCOLS))]
-    given, end = port.get("port"), port.get("endPort")
-    if isinstance(given, int) and not isinstance(given, bool):  # kubectl would want a string
-        given = str(given)
-    one = text(given, (*place, "port"))
-    if protocols[0] in WITHOUT_PORTS:
-        if one not in ("", "0"):
-            raise refuse((*place, "port"), f"protocol {name} has no ports: leave it out")
-        return [PortMatch(protocol) for protocol in protocols]
-    if not one:
-        raise refuse((*place, "port"), "is missing")
-    if re.search(r"[a-zA-Z]", one):
-        if end:
-            raise refuse((*place, "endPort"), "needs a numeric port beside it, not a name")
-        found = port_name(one.lower(), (*place, "port"))
-        return [PortMatch(protocol, name=found) for protocol in protocols]
-    first = integer(int(one) if one.isdecimal() else one, (*place, "port"), 0, PORT_MOST)
-    last = integer(end or first, (*place, "endPort"), 0, PORT_MOST)
-    if last < first:
-        raise refuse((*place, "endPort"), f"{last} is less than port {first}")
-    if not first:
-        last = PORT_MOST
-    return [PortMatch(protocol, first, last) for protocol in protocols]
-
-
-def _icmp(field: Mapping[str, Any], place: Place) -> PortMatch:
-    known(field, place, ("family", "type"))
-    family = choice(field.get("family"), (*place, "family"), ("IPv4", "IPv6"), "IPv4")
-    names = ICMP4_TYPES if family == "IPv4" else ICMP6_TYPES
-    given = field.get("type")
-    if isinstance(given, str):
-        given = int(given) if given.isdecimal() else names.get(given, given)
-    number = integer(given, (*place, "type"), 0, 255)
-    return PortMatch(1 if family == "IPv4" else 58, number, number)

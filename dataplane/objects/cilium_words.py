@@ -61,7 +61,7 @@ ICMP6_TYPES: Mapping[str, int] = MappingProxyType(
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "nodeSelector": "policies of nodes are not supported yet",
-        "toFQDNs": "policies by DNS name are not supported yet",
+        "toFQDNs": "names can only be allowed, and only in egress",
         "fromRequires": "is not supported: Cilium has given it up, add its labels to fromEndpoints",
         "toRequires": "is not supported: Cilium has given it up, add its labels to toEndpoints",
         "fromNodes": "is not supported yet: use fromEntities: [remote-node] or fromCIDR",
@@ -71,7 +71,11 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "authentication": "mutual authentication is not supported yet",
         "cidrGroupRef": "CiliumCIDRGroup is not supported yet: write the CIDRs out",
         "cidrGroupSelector": "CiliumCIDRGroup is not supported yet: write the CIDRs out",
-        "rules": "rules of layer 7 are not supported yet",
+        "rules": "names can be restricted in egress only, and not where the element denies",
+        "http": "rules of layer 7 other than dns are not supported",
+        "kafka": "rules of layer 7 other than dns are not supported",
+        "l7": "rules of layer 7 other than dns are not supported",
+        "l7proto": "rules of layer 7 other than dns are not supported",
         "terminatingTLS": "TLS inspection is not supported",
         "originatingTLS": "TLS inspection is not supported",
         "serverNames": "TLS server names are not supported yet",

@@ -4,11 +4,11 @@ Rule: one model for all kinds of policies; a policy that says something we do no
 whole.
 
 Theory. A Policy has specs; each selects subjects and has rules. A rule holds for peers AND ports;
-None stands for "any", an empty tuple for "none". Peers are label selectors, blocks of addresses or
-services. Kinds differ in how they are written (this file and cilium.py), not in what they mean.
-Defaults and checks of NetworkPolicy are those of the API server (kubernetes, pkg/apis/networking/
-validation, and the API reference). A field that nobody knows is refused: to ignore it could mean
-to allow more than was asked for.
+None stands for "any", an empty tuple for "none". Peers are label selectors, blocks of addresses,
+services or DNS names. Kinds differ in how they are written (this file and cilium.py), not in what
+they mean. Defaults and checks of NetworkPolicy are those of the API server (kubernetes, pkg/apis/
+networking/validation, and the API reference). A field that nobody knows is refused: to ignore it
+could mean to allow more than was asked for.
 """
 
 import re
@@ -31,6 +31,7 @@ from dataplane.objects.manifest import (
     text,
     texts,
 )
+from dataplane.objects.names import NamePattern
 from dataplane.objects.selectors import (
     NAMESPACE,
     Requirement,
@@ -84,7 +85,7 @@ class ServiceRef:
         return f"service {where}/{self.name}" if self.name else f"services {self.labels} of {where}"
 
 
-Peer = Selector | Block | ServiceRef
+Peer = Selector | Block | ServiceRef | NamePattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,11 @@ class PortMatch:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One element of a policy's lists. peers, ports None: any; empty: none."""
+    """One element of a policy's lists. peers, ports None: any; empty: none.
+
+    names: what may be asked for at these ports (rules.dns), empty: anything. An element whose
+    toPorts differ in that is several rules.
+    """
 
     direction: int  # enum direction
     section: str  # the list as the manifest calls it, such as ingressDeny
@@ -113,6 +118,7 @@ class Rule:
     deny: bool
     peers: tuple[Peer, ...] | None
     ports: tuple[PortMatch, ...] | None
+    names: tuple[NamePattern, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from dataplane.policy.distil import Turn
 from dataplane.policy.kinds import Group, Kind
+from dataplane.policy.names import FIRST
 from dataplane.policy.partition import Member, Partition
 from dataplane.policy.rows import Row
 from dataplane.tables.entries import Batch
@@ -84,6 +85,7 @@ def peers(writer: PolicyWriter, partition: Partition) -> Heritage:
     heritage.groups = {group: number for group, number in found.items() if group.selected}
     keys = writer.entries.all().keys
     asked = np.unique((keys >> np.uint64(16)) & np.uint64(0xFFFFFFFF))
+    asked = asked[asked < FIRST]  # names have their numbers from elsewhere
     heritage.used_groups = {*asked.tolist(), *groups.values()} - {0}
     return heritage
 

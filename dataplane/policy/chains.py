@@ -6,12 +6,14 @@ what all rules of the chain together say.
 Theory. A range of ports becomes prefixes (at most 30). A code is match << 16 | port, the part of
 an entry that row and group are not in (xdp/abi.h). Where entries overlap, the verdict of the
 shorter one is folded into the longer: deny wins, then allow; between rules that say the same, the
-lower rule number names it. An entry that says no more than the shorter one behind it is left out,
-unless it asks for a log line.
+lower rule number names it. Names that may be asked for (rules.dns) are looked at where some rule
+asks for it, and restricted where all do; each is an entry of its own, with its selector in the
+code. An entry that says no more than the shorter one behind it is left out.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from dataplane.objects.policies import ANY_PROTOCOL, PortMatch
 from xdp.abi import CONST
@@ -20,10 +22,13 @@ ALLOW, DENY = CONST["POLICY_ALLOW"], CONST["POLICY_DENY"]
 ACTION = CONST["POLICY_ACTION_MASK"]
 LOG, RULE_SHIFT = CONST["POLICY_LOG"], CONST["POLICY_RULE_SHIFT"]
 ANSWER_SHIFT = CONST["POLICY_ANSWER_SHIFT"]
+NAMES, NAMES_ONLY = CONST["POLICY_NAMES"], CONST["POLICY_NAMES_ONLY"]
+ASKS = LOG | NAMES | NAMES_ONLY
 ANY_BIT = 1 << CONST["POLICY_DEPTH_ANY"]
 EXACT = 16  # bits of a port
 _DIRECTION = 1 << 23  # of a code: bit 7 of match
 _ANY = ANY_PROTOCOL << 24 | 1 << 16
+_SELECTOR = 32  # of a code: where the selector of a name begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,17 @@ def exact(protocol: int, port: int, direction: int) -> int:
     return protocol << 24 | (EXACT + 1) << 16 | _DIRECTION * direction | port
 
 
+def naming(some: Iterable[int], selectors: Iterable[int]) -> list[int]:
+    """Return the codes under which names of these selectors may be asked for at these codes."""
+    numbers = list(selectors)
+    return [number << _SELECTOR | code for code in some for number in numbers]
+
+
+def protocol_of(code: int) -> int:
+    """Return the protocol of a code."""
+    return code >> 24 & 0xFF
+
+
 def everything(direction: int) -> list[int]:
     """Return the codes of any port of any protocol."""
     return [_ANY | _DIRECTION * direction]
@@ -79,14 +95,14 @@ def prefixes(first: int, last: int) -> list[tuple[int, int]]:
 
 def _covering(code: int) -> Iterable[int]:
     """Yield the codes that a lookup would try after this one, longest prefix first."""
-    protocol, match, port = code >> 24, code >> 16 & 0xFF, code & 0xFFFF
+    protocol, match, port = protocol_of(code), code >> 16 & 0xFF, code & 0xFFFF
     if protocol == ANY_PROTOCOL:
         return
-    turn, depth = match & 0x80, (match & 0x7F) - 1
+    name, turn, depth = code >> _SELECTOR << _SELECTOR, match & 0x80, (match & 0x7F) - 1
     for shorter in range(depth - 1, -1, -1):
         shift = EXACT - shorter
-        yield protocol << 24 | (turn | shorter + 1) << 16 | port >> shift << shift
-    yield _ANY | turn << 16
+        yield name | protocol << 24 | (turn | shorter + 1) << 16 | port >> shift << shift
+    yield name | _ANY | turn << 16
 
 
 def merge(one: int, other: int) -> int:
@@ -94,7 +110,13 @@ def merge(one: int, other: int) -> int:
     if one & ACTION != other & ACTION:
         return max(one, other, key=lambda verdict: (verdict & ACTION) == DENY)
     first = min(one, other, key=lambda verdict: verdict >> RULE_SHIFT)
-    return first | (one | other) & LOG
+    return first & ~NAMES_ONLY | (one | other) & (LOG | NAMES) | one & other & NAMES_ONLY
+
+
+def _fold(verdict: int, behind: Iterable[int]) -> int:
+    """Return an entry's verdict word with what shorter ones, which allow too, ask for."""
+    every = reduce(merge, behind, verdict)
+    return verdict & ~ASKS | every & ASKS
 
 
 def chain(parts: Iterable[tuple[Sequence[int], int]]) -> Chain | None:
@@ -106,19 +128,25 @@ def chain(parts: Iterable[tuple[Sequence[int], int]]) -> Chain | None:
             said[code] = verdict if known is None else merge(known, verdict)
     if not said:
         return None
-    kept = sorted(said) if len(said) == 1 else [c for c in sorted(said) if _needed(c, said)]
+    kept = said if len(said) == 1 else _needed(said)
     depths = 0
     for code in kept:
-        depths |= ANY_BIT if code >> 24 == ANY_PROTOCOL else 1 << ((code >> 16 & 0x7F) - 1)
-    return Chain(tuple(kept), tuple(said[code] for code in kept), depths)
+        any_protocol = protocol_of(code) == ANY_PROTOCOL
+        depths |= ANY_BIT if any_protocol else 1 << ((code >> 16 & 0x7F) - 1)
+    return Chain(tuple(kept), tuple(kept.values()), depths)
 
 
-def _needed(code: int, said: dict[int, int]) -> bool:
-    """Whether an entry says more than what a lookup would find behind it."""
-    verdict = said[code]
-    behind = [said[shorter] for shorter in _covering(code) if shorter in said]
-    if any(one & ACTION == DENY for one in behind):
-        return False
-    if not behind or verdict & ACTION == DENY:
-        return True
-    return verdict & LOG > behind[0] & LOG
+def _needed(said: dict[int, int]) -> dict[int, int]:
+    """Return the entries that say more than what a lookup would find behind them, in order."""
+    kept = {}
+    for code in sorted(said):
+        verdict = said[code]
+        behind = [said[shorter] for shorter in _covering(code) if shorter in said]
+        if any(one & ACTION == DENY for one in behind):
+            continue
+        if behind and verdict & ACTION == ALLOW:
+            verdict = _fold(verdict, behind)
+            if verdict & ASKS == _fold(behind[0], behind[1:]) & ASKS:
+                continue
+        kept[code] = verdict
+    return kept

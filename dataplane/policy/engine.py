@@ -24,6 +24,7 @@ from dataplane.policy.directory import Directory
 from dataplane.policy.distil import Distiller, Turn
 from dataplane.policy.explain import Explainer
 from dataplane.policy.lint import Linter
+from dataplane.policy.names import Names
 from dataplane.policy.options import LocalView, PolicyOptions
 from dataplane.policy.partition import Partition
 from dataplane.policy.parts import Parts
@@ -32,6 +33,8 @@ from dataplane.policy.rulebook import Rulebook
 from dataplane.policy.subjects import Subjects
 from dataplane.policy.why import Why, question
 from dataplane.tables.errors import TableFull
+from dataplane.tables.names import NameWriter
+from dataplane.tables.names_view import NameReader
 from dataplane.tables.policies import CLOSED, OPEN, PolicyWriter
 from xdp.abi import value
 
@@ -52,6 +55,7 @@ class PolicyEngine:
     ) -> None:
         """rules_file: where numbers of rules are kept, beside the tables."""
         self.options, self._writer, self._clock = options, writer, clock
+        self.names = NameWriter(writer.shm, writer.clock)
         self.book = Rulebook(rules_file)
         self._problems: list[str] = []
         self._reset()
@@ -63,6 +67,7 @@ class PolicyEngine:
         self.partition = Partition(options.cidr_match == "kubernetes")
         self.backends = Backends()
         self.partition.selection.resolve = self.backends.addresses
+        self.partition.selection.names = Names(self.names)
         self.directory = Directory(self.partition)
         self.parts = Parts(self.partition.selection, self.book, options)
         self.subjects = Subjects(options)
@@ -121,7 +126,10 @@ class PolicyEngine:
         with self._writer.changing():
             changed = self._turn(ports)
             changed |= self._set_host(host_before, local.host_port)
-            if self._purge() or changed:
+            changed |= self._purge()
+            if self._first:
+                selection.names.keep()
+            if selection.names.publish() or changed:
                 self._writer.rejudge()
         if self._first:
             self.book.release_all_but(self.parts.rules())
@@ -144,7 +152,8 @@ class PolicyEngine:
             adopt.policies(heritage, self._writer, turn)
         prepared = self._prepare(turn, heritage)
         self.book.flush()
-        changed = self._publisher.publish(turn, prepared, regrouped, heritage)
+        changed = self.partition.selection.names.publish()
+        changed |= self._publisher.publish(turn, prepared, regrouped, heritage)
         after = turn.now(self.distiller.of_port)
         touched = ports | turn.assign.keys() | turn.closed
         changed |= self._publisher.publish_subjects(after, self.subjects, touched)
@@ -210,7 +219,8 @@ class PolicyEngine:
         refused = [text for _, text in sorted(self.distiller.refused.items())]
         if len(refused) > TOLD_MOST:
             refused[TOLD_MOST:] = [f"{len(refused)} pods in all have no policy that fits"]
-        return [*refused, *self._publisher.problems(), *self.directory.problems()]
+        problems = [*self._publisher.problems(), *self.partition.selection.names.problems()]
+        return [*refused, *problems, *self.directory.problems()]
 
     # --- questions --------------------------------------------------------------------------------
 
@@ -221,7 +231,8 @@ class PolicyEngine:
     def explainer(self) -> Explainer:
         """Return who explains the objects that are in force."""
         if self._explainer is None or self._explainer.objects is not self._objects:
-            self._explainer = Explainer(self._objects, self.options, self._local)
+            names = NameReader(self._writer.shm)
+            self._explainer = Explainer(self._objects, self.options, self._local, names)
         return self._explainer
 
     def why(self, source: str, target: str, what: str) -> dict[str, Any]:

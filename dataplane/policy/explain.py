@@ -9,14 +9,16 @@ allow, and a direction that no policy isolates is open (docs/policy.md). Of a po
 not there only the namespace is known.
 """
 
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 from dataplane.objects.collect import Objects
 from dataplane.objects.core import Pod
 from dataplane.objects.manifest import Address
+from dataplane.objects.names import NamePattern, regexp
 from dataplane.objects.policies import (
     DIRECTIONS,
     INGRESS,
@@ -40,6 +42,7 @@ from dataplane.policy.labels import (
 from dataplane.policy.match import certain, holds, possible
 from dataplane.policy.options import LocalView, PolicyOptions
 from dataplane.policy.prefixes import number_of
+from dataplane.tables.names_view import NameReader
 
 PROTOCOLS = {**{name.lower(): n for name, n in NUMBERS.items()}, "icmp": 1, "icmpv6": 58}
 NAMES = {number: name for name, number in PROTOCOLS.items()}
@@ -60,6 +63,7 @@ class Party:
     cluster: bool = False  # a pod or a node
     selected: bool = False  # policies may select it
     unknown: bool = False  # its labels are not known
+    names: tuple[str, ...] = ()  # DNS names that lead to it, as this node has seen them
 
     def address(self, family: int) -> Address | None:
         """Return its address of a family."""
@@ -98,9 +102,16 @@ class Direction:
 class Explainer:
     """Answers over one snapshot of objects."""
 
-    def __init__(self, objects: Objects, options: PolicyOptions, local: LocalView) -> None:
-        """local: the node that is looked from; its name may be unknown ("")."""
+    def __init__(
+        self,
+        objects: Objects,
+        options: PolicyOptions,
+        local: LocalView,
+        names: NameReader | None = None,
+    ) -> None:
+        """local: the node that is looked from, "": unknown; names: where DNS names lead there."""
         self.objects, self.options, self._local = objects, options, local
+        self._names = names
         self._backends = Backends()
         self._backends.update(objects, True)
         self._pods: dict[Address, Pod] = {}
@@ -128,10 +139,19 @@ class Explainer:
                 )
             return self.of_pod(pod)
         try:
-            address = ip_address(text)
-        except ValueError as error:
-            raise Unknown(f"{text!r} is neither NAMESPACE/POD nor an address") from error
-        return self.of_address(address)
+            return self.of_address(ip_address(text))
+        except ValueError:
+            return self._of_name(text)
+
+    def _of_name(self, text: str) -> Party:
+        """Return whoever a DNS name leads to."""
+        found = self._names.addresses_of(text) if self._names else []
+        if not found:
+            raise Unknown(
+                f"{text!r} is neither NAMESPACE/POD nor an address, and no pod of this node with "
+                "rules.dns has been told where it leads as a DNS name: see `penstock fqdn why`"
+            )
+        return replace(self.of_address(found[0]), name=text, addresses=tuple(found))
 
     def of_pod(self, pod: Pod) -> Party:
         """Return a pod as an end; one of the host network is its node."""
@@ -172,7 +192,8 @@ class Explainer:
             return Party(f"{address} (unmanaged)", (address,), reserved("unmanaged"))
         both = {cidr.version for cidr in self._local.clusters} == {4, 6}
         name = f"world-ipv{address.version}" if both else "world"
-        return Party(f"{address}", (address,), reserved(name))
+        names = tuple(self._names.names_of(address)) if self._names else ()
+        return Party(f"{address}", (address,), reserved(name), names=names)
 
     def _endpoint(self, namespace: str, name: str, address: Address) -> Party:
         pod = self.objects.pods.get((namespace, name)) if name else None
@@ -233,6 +254,8 @@ class Explainer:
             if peer.cluster and self.options.cidr_match == "cilium":
                 return False
             return _in(address, one)
+        if isinstance(one, NamePattern):
+            return any(re.fullmatch(regexp(one), name) for name in peer.names)
         return number_of(address) in self._backends.addresses(one)
 
     def covers(

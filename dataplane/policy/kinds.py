@@ -7,13 +7,15 @@ Theory. A *kind* of peer is a row of the table `peers`: addresses of the same la
 and surroundings (the longest prefix that a policy names). Which selectors fit a kind follows from
 these three, each of which keeps its own set, so a pod more costs nothing here. Kinds that the same
 selectors fit are one *group*, and that is all that policy entries know of a peer. Sets of selectors
-are compared by a hash: the XOR of a random 128-bit weight of each.
+are compared by a hash: the XOR of a random 128-bit weight of each. A DNS name is a group of its own
+that no kind has: which addresses it leads to is known where packets pass (kernels/dns_learned.py).
 """
 
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from dataplane.objects.names import NamePattern
 from dataplane.objects.policies import Block, ServiceRef
 from dataplane.objects.selectors import Selector
 from dataplane.policy.labels import Labels
@@ -43,7 +45,7 @@ class Numbered:
     number: int
 
 
-What = Labelled | Block | ServiceRef | Numbered
+What = Labelled | Block | ServiceRef | Numbered | NamePattern
 
 
 class Selected:

@@ -75,6 +75,8 @@ def _selects_more(wide: Selector, narrow: Selector) -> bool:
 
 def _says_more(wide: Rule, narrow: Rule) -> bool:
     """Whether all that a rule means another means too."""
+    if wide.names and not (narrow.names and set(narrow.names) <= set(wide.names)):
+        return False
     if wide.peers is not None:
         if narrow.peers is None:
             return False

@@ -5,7 +5,7 @@ told to the partition (`moved` for mappings, `dirty` for kinds).
 
 Theory. A selected block marks every prefix inside it that is not inside one of its exceptions;
 since both are prefixes themselves, an address's longest prefix knows all blocks that it is in. A
-set of addresses (endpoints of a service; later, addresses of a DNS name) marks just these. A prefix
+set of addresses (endpoints of a service) marks just these. A prefix
 that a policy refers to has an identity of its own, as in Cilium; one that only has a role (the
 cluster's networks, destinations that are not masqueraded) has not.
 """

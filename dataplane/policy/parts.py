@@ -16,15 +16,19 @@ import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from dataplane.objects.names import NamePattern
 from dataplane.objects.policies import DIRECTIONS, EGRESS, INGRESS, Peer, Policy, Rule, Spec
 from dataplane.objects.selectors import RESERVED, Selector, exists, selector
 from dataplane.policy.chains import (
+    NAMES,
+    NAMES_ONLY,
     RULE_SHIFT,
     Chain,
     chain,
     codes,
     everything,
     exact,
+    naming,
     word,
 )
 from dataplane.policy.kinds import Identity, Labelled, NamedPort, Selected
@@ -103,11 +107,14 @@ class Unit:
 
 
 class Part:
-    """One rule. peers None: any; named: ports whose numbers the peers say."""
+    """One rule. peers None: any; named: ports whose numbers the peers say.
+
+    selectors: of the names that may be asked for at its ports (rules.dns).
+    """
 
     __slots__ = (
-        "alive", "chain", "codes", "direction", "id", "key", "named", "origin", "peers", "refs",
-        "verdict",
+        "alive", "by_names", "chain", "codes", "direction", "id", "key", "named", "origin", "peers",
+        "refs", "selectors", "verdict",
     )  # fmt: skip
 
     def __init__(
@@ -119,12 +126,15 @@ class Part:
         some: tuple[int, ...],
         named: frozenset[NamedPort],
         verdict: int,
+        selectors: tuple[int, ...] = (),
     ) -> None:
         self.key, self.id, self.direction, self.peers = key, number, direction, peers
-        self.codes, self.named, self.verdict = some, named, verdict
+        self.codes = (*some, *naming(some, selectors))
+        self.named, self.verdict, self.selectors = named, verdict, selectors
+        self.by_names = any(isinstance(one.what, NamePattern) for one in peers or ())
         self.refs, self.alive = 0, True
         self.origin: Rule | None = None
-        self.chain: Chain | None = chain([(some, verdict)]) if some else None
+        self.chain: Chain | None = chain([(self.codes, verdict)]) if some else None
 
     @property
     def rule(self) -> int:
@@ -198,13 +208,16 @@ class Parts:
             f'{{{unit.about}, "direction": "{DIRECTIONS[rule.direction]}", '
             f'"section": "{rule.section}", "index": {rule.index}}}',
         )
-        place = number, mine, answer, log
+        which = (rule.ports, rule.names) if rule.names else None  # one element, several rules
+        place = number, mine, answer, log, which
         living = self._living.get(place)
         if living is not None:
             if living.origin is rule or living.origin == rule:
                 return living
             del self._living[place]  # the rule is another one now; rows that have it go on with it
         verdict = word(rule.deny, answer, log, number)
+        if rule.names:
+            verdict |= NAMES | NAMES_ONLY
         peers = None
         if rule.peers is not None:
             used = dict.fromkeys(_what(peer, rule.deny) for peer in rule.peers)
@@ -212,7 +225,8 @@ class Parts:
         some, named = _ports(rule, dict(mine))
         for port in named:
             self._selection.use_name(port)
-        part = Part(place, self._id(), rule.direction, peers, some, named, verdict)
+        selectors = tuple(filter(None, map(self._selection.names.use, rule.names)))
+        part = Part(place, self._id(), rule.direction, peers, some, named, verdict, selectors)
         part.origin = rule
         return self._live(part)
 
@@ -248,6 +262,8 @@ class Parts:
                 self._selection.unuse(selected)
             for port in part.named:
                 self._selection.unuse_name(port)
+            for pattern in part.origin.names if part.origin else ():
+                self._selection.names.unuse(pattern)
             self._rules[part.rule] -= 1
             if not self._rules[part.rule]:
                 del self._rules[part.rule]
@@ -285,11 +301,12 @@ def _ports(
 
 def resolved(part: Part, numbers: Mapping[NamedPort, list[int]]) -> list[int]:
     """Return the codes of a part's named ports, where the peers have these numbers."""
-    return [
+    found = [
         exact(port[0], number, part.direction)
         for port in sorted(part.named)
         for number in numbers.get(port, ())
     ]
+    return [*found, *naming(found, part.selectors)]
 
 
 def _about_rest(direction: int, units: Sequence[Unit]) -> str:

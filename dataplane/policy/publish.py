@@ -19,6 +19,7 @@ import numpy as np
 from dataplane.policy.chains import ACTION, DENY
 from dataplane.policy.distil import Turn
 from dataplane.policy.kinds import Kind
+from dataplane.policy.names import FIRST
 from dataplane.policy.partition import Member, Partition, Regrouped
 from dataplane.policy.rows import Draft, Row
 from dataplane.policy.rulebook import Rulebook
@@ -251,7 +252,7 @@ class Publisher:
 
 def _group_numbers(used: set[int], writer: PolicyWriter) -> Numbers:
     fix = "restart the agent: so many peers cannot be told apart"
-    return Numbers("number for a group of peers", fix, used, range(1, 1 << 32), writer.clock)
+    return Numbers("number for a group of peers", fix, used, range(1, FIRST), writer.clock)
 
 
 class NoRow(TableFull):

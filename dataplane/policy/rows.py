@@ -18,7 +18,7 @@ from dataplane.policy.kinds import Group, NamedPort
 from dataplane.policy.parts import Hold, Part, resolved
 from xdp.abi import CONST
 
-AUDIT = CONST["POLICY_AUDIT"]
+AUDIT, BY_NAMES = CONST["POLICY_AUDIT"], CONST["POLICY_FQDN"]
 CHAINS_KEPT = 1 << 16
 Place = tuple[int, Group | None]  # direction, group; None: any peer
 Key = frozenset[Hold]
@@ -28,7 +28,7 @@ Asked = dict[int, tuple[Part, ...]]  # selector -> parts
 class Index:
     """Parts by the selectors that they ask for; copied before it is changed."""
 
-    __slots__ = ("by_selected", "named", "naming", "parts", "wild")
+    __slots__ = ("by_names", "by_selected", "named", "naming", "parts", "wild")
 
     def __init__(self) -> None:
         self.parts: set[Part] = set()
@@ -36,12 +36,13 @@ class Index:
         self.wild: set[Part] = set()  # of any peer
         self.named: set[Part] = set()  # of any peer, with named ports: of groups that have these
         self.naming = 0  # parts with named ports in all; these are of egress
+        self.by_names = 0  # parts whose peers are DNS names
 
     def copy(self) -> "Index":
         """Return another with the same parts."""
         made = Index()
         made.parts, made.wild, made.named = set(self.parts), set(self.wild), set(self.named)
-        made.naming = self.naming
+        made.naming, made.by_names = self.naming, self.by_names
         made.by_selected = dict(self.by_selected[0]), dict(self.by_selected[1])
         return made
 
@@ -49,6 +50,7 @@ class Index:
         """Take a part in."""
         self.parts.add(part)
         self.naming += bool(part.named)
+        self.by_names += part.by_names
         asked = self.by_selected[part.direction]
         for selected in part.peers or ():
             asked[selected.id] = (*asked.get(selected.id, ()), part)
@@ -62,6 +64,7 @@ class Index:
         """Take a part out."""
         self.parts.discard(part)
         self.naming -= bool(part.named)
+        self.by_names -= part.by_names
         asked = self.by_selected[part.direction]
         for selected in part.peers or ():
             left = tuple(one for one in asked[selected.id] if one is not part)
@@ -191,7 +194,7 @@ class Draft:
         audit: bool,
     ) -> None:
         """Give it another key, and the parts that come with it."""
-        self.key, self.rest, self.flags = key, rest, AUDIT if audit else 0
+        self.key, self.rest = key, rest
         source = self.base or self.row
         fresh, gone = set(added), set(removed)
         self.added = [part for part in fresh - gone if part not in source.index.parts]
@@ -202,6 +205,7 @@ class Draft:
                 self.index.remove(part)
             for part in self.added:
                 self.index.add(part)
+        self.flags = AUDIT * audit | BY_NAMES * bool(self.index.by_names)
 
     def set(self, place: Place, made: Chain | None) -> None:
         """Say what a chain shall be."""

@@ -12,8 +12,10 @@ of a selector of allow rules where it must be one.
 import random
 from collections.abc import Callable, Iterable
 
+from dataplane.objects.names import NamePattern
 from dataplane.objects.policies import Block, ServiceRef
 from dataplane.policy.kinds import (
+    Group,
     Identity,
     Kind,
     Labelled,
@@ -25,6 +27,7 @@ from dataplane.policy.kinds import (
 )
 from dataplane.policy.labels import Labels
 from dataplane.policy.match import LabelIndex, SelectorIndex, certain, holds, possible
+from dataplane.policy.names import FIRST, Names
 from dataplane.policy.networks import Networks
 
 IdentityKey = tuple[bool, tuple[tuple[str, str], ...]]
@@ -36,6 +39,7 @@ class Selection:
     def __init__(self, networks: Networks, dirty: set[Kind]) -> None:
         """networks: what blocks and sets of addresses select."""
         self._networks, self._dirty = networks, dirty
+        self.names = Names()
         self._random = random.Random(1)
         self._ids = 0
         self._identities: dict[IdentityKey, Identity] = {}
@@ -154,6 +158,11 @@ class Selection:
                     self._join(identity, made)
         elif isinstance(what, Block):
             self._networks.select_block(made, what)
+        elif isinstance(what, NamePattern):
+            if number := self.names.use(what):
+                group = Group(frozenset((made.id,)), made.weight, {})
+                group.number = FIRST + number
+                made.groups.add(group)
         else:
             self.services.add(made)
             self._networks.set_addresses(made, self.resolve(what))
@@ -178,6 +187,8 @@ class Selection:
             self._networks.set_addresses(selected, ())
         elif isinstance(what, Block):
             self._networks.forget_block(selected, what)
+        elif isinstance(what, NamePattern):
+            self.names.unuse(what)
         else:
             for one in selected.members:
                 one.selected.discard(selected.id)

@@ -14,7 +14,9 @@ import numpy as np
 
 from dataplane.objects.policies import ANY_PROTOCOL
 from dataplane.policy.explain import NAMES
+from dataplane.policy.names import FIRST
 from dataplane.policy.rulebook import attributions, labels, read
+from dataplane.tables.names_view import NameReader
 from dataplane.tables.policies import CLOSED, OPEN
 from dataplane.tables.shm import Shm
 from dataplane.tables.verdicts import RESERVED, RULE_SHIFT, Peer, Reader, Verdict
@@ -30,6 +32,7 @@ class View:
         self.reader = Reader(shm)
         self._book = read(rules_file)
         self._groups: dict[int, list[int]] | None = None
+        self._patterns: dict[int, str] | None = None
 
     # --- identities -------------------------------------------------------------------------------
 
@@ -100,7 +103,8 @@ class View:
                     "group": one.group,
                     "peers": self._peers(one.group, groups),
                     "protocol": protocol_name(one.protocol),
-                    "ports": _ports(one.protocol, one.first, one.last),
+                    "ports": ports_text(one.protocol, one.first, one.last),
+                    "name": self._pattern(one.selector) if one.selector else "",
                     **_verdict(one.verdict, abouts),
                 }
                 for one in entries
@@ -111,6 +115,8 @@ class View:
         """Say who is in a group."""
         if not group:
             return "any peer"
+        if group >= FIRST:
+            return f"the name {self._pattern(group - FIRST)}"
         if self._groups is None:
             self._groups = self._members(groups)
         numbers = self._groups.get(group, [])
@@ -118,6 +124,11 @@ class View:
         shown = [_brief(number, known) for number in numbers[:IDENTITIES_SHOWN]]
         more = len(numbers) - IDENTITIES_SHOWN
         return "; ".join(shown) + (f"; {more} more" if more > 0 else "") or "nobody now"
+
+    def _pattern(self, number: int) -> str:
+        if self._patterns is None:
+            self._patterns = NameReader(self.reader.shm).patterns()
+        return self._patterns.get(number, f"pattern {number}")
 
     def _members(self, groups: Iterable[int]) -> dict[int, list[int]]:
         """Return the identities of groups."""
@@ -198,7 +209,8 @@ def protocol_name(number: int) -> str:
     return "any" if number == ANY_PROTOCOL else NAMES.get(number, str(number))
 
 
-def _ports(protocol: int, first: int, last: int) -> str:
+def ports_text(protocol: int, first: int, last: int) -> str:
+    """Return ports as people write them."""
     if protocol == ANY_PROTOCOL or (first, last) == (0, 65535):
         return "any"
     return str(first) if first == last else f"{first}-{last}"

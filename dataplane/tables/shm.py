@@ -32,6 +32,7 @@ LAYOUT = "layout"
 FREE_LEAST = 96 << 20  # bytes: the counters, and a default route in fib4_wide
 
 _WORKERS = CONST["WORKERS_MAX"]
+_LANES = CONST["DNS_LANES"]
 _ADJACENCIES = CONST["ADJACENCIES_MAX"]
 _TAPS = CONST["TAPS_MAX"]
 _TAP_RECORDS = CONST["TAP_RING_BYTES"] // DTYPE["tap_record"].itemsize
@@ -71,6 +72,18 @@ ARRAYS = MappingProxyType(
         "flow_seen": (DTYPE["flow_seen"], (CONST["FLOW_SLOTS_MOST"],)),
         "reasons": (DTYPE["reason_counter"], (_WORKERS + 1, 2, CONST["REASONS_MAX"])),
         "port_counters": (DTYPE["port_counter"], (_WORKERS + 1, CONST["PORTS_MAX"])),
+        "naming": (DTYPE["naming"], (1,)),
+        "name_patterns": (DTYPE["name_pattern"], (CONST["NAME_PATTERNS_MAX"],)),
+        "name_pattern_slots": (DTYPE["name_slot"], (CONST["NAME_PATTERN_SLOTS"],)),
+        "names": (DTYPE["name"], (CONST["NAMES_MAX"],)),
+        "name_index": (np.dtype("<u8"), (CONST["NAMES_MAX"],)),
+        "learned": (DTYPE["learned"], (CONST["LEARNED_MAX"],)),
+        "learned_index": (np.dtype("<u8"), (CONST["LEARNED_MAX"],)),
+        "dns_queries": (DTYPE["dns_query"], (CONST["QUERIES_MAX"],)),
+        "dns_pods": (DTYPE["dns_counter"], (_LANES, CONST["PORTS_MAX"])),
+        "dns_servers": (DTYPE["dns_counter"], (_LANES, CONST["DNS_SERVERS_MAX"])),
+        "dns_events": (DTYPE["dns_event"], (_LANES, CONST["DNS_EVENTS_MAX"])),
+        "dns_notes": (DTYPE["naming_counter"], (_LANES,)),
         "worker_stats": (DTYPE["worker_stats"], (_WORKERS,)),
         "flow_records": (DTYPE["flow_record"], (_WORKERS + 1, CONST["EVENTS_MAX"])),
         "event_rings": (DTYPE["event_ring"], (_WORKERS + 1,)),
@@ -127,6 +140,18 @@ class Shm:
     track_counters: np.ndarray
     exhausted: np.ndarray
     flow_seen: np.ndarray
+    naming: np.ndarray
+    name_patterns: np.ndarray
+    name_pattern_slots: np.ndarray
+    names: np.ndarray
+    name_index: np.ndarray
+    learned: np.ndarray
+    learned_index: np.ndarray
+    dns_queries: np.ndarray
+    dns_pods: np.ndarray
+    dns_servers: np.ndarray
+    dns_events: np.ndarray
+    dns_notes: np.ndarray
     reasons: np.ndarray
     port_counters: np.ndarray
     worker_stats: np.ndarray

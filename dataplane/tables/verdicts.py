@@ -80,7 +80,10 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A policy entry. group 0: any peer; protocol 255: any; ports first..last."""
+    """A policy entry. group 0: any peer; protocol 255: any; ports first..last.
+
+    selector: number of the name pattern that may be asked for there; 0: it is about connections.
+    """
 
     direction: str
     group: int
@@ -88,6 +91,7 @@ class Entry:
     first: int
     last: int
     verdict: Verdict
+    selector: int = 0
 
 
 class Reader:
@@ -163,7 +167,10 @@ class Reader:
         batch = batch.part(batch.keys >> np.uint64(48) == row)
         columns = (batch.keys.tolist(), batch.matches.tolist(), batch.verdicts.tolist())
         found = [_entry(key, match, word) for key, match, word in zip(*columns, strict=True)]
-        return sorted(found, key=lambda one: (one.direction, one.group, one.protocol, one.first))
+        return sorted(
+            found,
+            key=lambda one: (one.direction, one.group, one.protocol, one.first, one.selector),
+        )
 
     def verdict(self, row: int, group: int, direction: int, protocol: int, port: int) -> Verdict:
         """Return what a policy says of a peer's group, protocol and port (ICMP: type)."""
@@ -191,4 +198,5 @@ def _entry(key: int, match: int, word: int) -> Entry:
     first = key & 0xFFFF
     last = first + (1 << (_EXACT - depth)) - 1
     group = key >> 16 & 0xFFFFFFFF
-    return Entry(DIRECTIONS[match >> 7 & 1], group, match >> 8, first, last, Verdict(word))
+    direction, protocol = DIRECTIONS[match >> 7 & 1], match >> 8 & 0xFF
+    return Entry(direction, group, protocol, first, last, Verdict(word), match >> 16)

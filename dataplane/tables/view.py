@@ -72,6 +72,7 @@ def ports(shm: Shm) -> list[dict[str, Any]]:
                 "ifindex": int(row["ifindex"]),
                 "mtu": int(row["mtu"]),
                 "queues": int(row["queue_count"]),
+                "endpoint": int(row["endpoint"]),
                 "ipv4": str(IPv4Address(int(row["address4"]))) if row["address4"] else "",
                 "ipv6": str(IPv6Address(six)) if six else "",
                 **{name: int(total[index]) for name, total in totals.items()},

@@ -214,6 +214,8 @@ class Stage:
         flags |= {"NAT_TARGET"} if service else set()
         flags |= {"OUTSIDE"} if packet.outside else set()
         flags |= {"AUDITED"} if verdict.audited else set()
+        asks = t.protocol == 17 and 53 in (t.target_port, port)
+        flags |= {"DNS"} if asks and packet.port in (w.POD_A, w.POD_B) else set()
         reply = Tuple(target, port, source, own, t.protocol)
         connection = Connection(
             (t, reply), states.first(t.protocol, packet.mark), self.judgement,

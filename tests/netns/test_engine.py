@@ -97,7 +97,8 @@ class World:
             json.dumps({"tunnel_port": 8472, "locals": ["192.0.2.1"], "prefixes": [], "nat": []})
         )
         with inside(self.node):
-            self.forwarder = Forwarder(self.shm, self.run_dir, Handover({}))
+            state = self.run_dir / "state"
+            self.forwarder = Forwarder(self.shm, self.run_dir, state, Handover({}))
             ports = self.forwarder.sync()
         assert all(port["ready"] for port in ports), [port["error"] for port in ports]
 

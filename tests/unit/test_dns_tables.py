@@ -1,0 +1,156 @@
+"""What stands of names in shared memory: over a reboot, at its limits, as people read it."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataplane.engine.names import FILE, Names
+from dataplane.engine.worker import make_tables
+from dataplane.kernels.dns_count import latency_bucket
+from dataplane.kernels.house import kernel
+from dataplane.objects.policies import EGRESS, PortMatch
+from dataplane.policy.chains import (
+    DENY,
+    LOG,
+    NAMES,
+    NAMES_ONLY,
+    chain,
+    codes,
+    everything,
+    naming,
+    word,
+)
+from dataplane.tables.names import NameWriter
+from dataplane.tables.names_view import ENDS, NameReader, percentile
+from dataplane.tables.shm import Shm
+from xdp.abi import CONST
+
+ALLOWED = word(False, 0, False, 7)
+RESTRICTED = ALLOWED | NAMES | NAMES_ONLY
+DNS_PORT = PortMatch(17, 53, 53)
+
+
+@kernel
+def _bucket(nanoseconds):
+    return latency_bucket(nanoseconds)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 1 << 45))
+def test_a_time_falls_into_the_bucket_that_ends_behind_it(nanoseconds):
+    bucket = _bucket(nanoseconds)
+    last = len(ENDS) - 1
+    assert nanoseconds < ENDS[bucket] or bucket == last
+    assert bucket == 0 or nanoseconds >= ENDS[bucket - 1]
+
+
+def test_percentiles_are_ends_of_buckets():
+    buckets = np.zeros(len(ENDS), np.uint32)
+    buckets[10], buckets[50] = 98, 2
+    assert percentile(buckets, 0.5) == ENDS[10]
+    assert percentile(buckets, 0.99) == ENDS[50]
+    assert percentile(buckets * 0, 0.5) == 0
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Tables, and the folder of the node's state."""
+    with Shm.create(tmp_path / "run") as shm:
+        NameWriter(shm)
+        yield shm, tmp_path / "state"
+
+
+def _names(shm, state) -> Names:
+    return Names(shm, make_tables(shm), [], state)
+
+
+def test_names_outlive_a_reboot(place, tmp_path):
+    shm, state = place
+    state.mkdir()
+    now = time.time()
+    lines = [
+        ["a.example.", "192.0.2.1", 0, now + 100],
+        ["b.example.", "2001:db8::1", 4711, now + 1000],
+        ["old.example.", "192.0.2.2", 0, now - 1],
+        ["x" * 64 + ".example.", "192.0.2.3", 0, now + 100],
+        ["bad.example.", "192.0.2.300", 0, now + 100],
+    ]
+    text = "\n".join(map(json.dumps, lines)) + "\nnot json\n[1]\n"
+    (state / FILE).write_text(text)
+    assert _names(shm, state).restored == 2
+    found = {one.name: one for one in NameReader(shm).mappings()}
+    assert set(found) == {"a.example.", "b.example."}
+    assert str(found["b.example."].address) == "2001:db8::1"
+    assert found["b.example."].scope == 4711
+    assert 90 < found["a.example."].expires_s <= 101
+    again = _names(shm, state)
+    assert again.restored == 0, "what stands is newer than any snapshot"
+    again.save()
+    with Shm.create(tmp_path / "second") as second:
+        NameWriter(second)
+        assert _names(second, state).restored == 2
+
+
+def test_what_is_full_is_told_by_its_limit(place):
+    shm, state = place
+    names = _names(shm, state)
+    assert names.sweep() == []
+    shm.dns_notes[3]["addresses_full"] += 5
+    shm.dns_notes[0]["name_capped"] += 1
+    told = names.sweep()
+    assert len(told) == 2
+    assert "LEARNED_MAX" in told[0]
+    assert "5 times" in told[0]
+    assert "dns.addresses_max" in told[1]
+    assert names.sweep() == []
+
+
+def test_events_that_were_overwritten_are_counted(place):
+    shm, _ = place
+    reader, seen = NameReader(shm), {}
+    assert reader.events(seen) == ([], 0)
+    most = CONST["DNS_EVENTS_MAX"]
+    for number in range(most + 10):
+        shm.dns_events[2, number % most]["sequence"] = number + 1
+    shm.dns_notes[2]["events"] = most + 10
+    events, lost = reader.events(seen)
+    assert (len(events), lost) == (most, 10)
+    assert reader.events(seen) == ([], 0)
+    shm.dns_events[2, 10]["sequence"] = 0  # one that is being written
+    shm.dns_notes[2]["events"] += 1
+    assert reader.events(seen) == ([], 1)
+
+
+def test_names_are_restricted_where_all_rules_do_and_looked_at_where_one_does():
+    port = codes(DNS_PORT, EGRESS)
+    some = [*port, *naming(port, (5, 6))]
+    made = chain([(some, RESTRICTED)])
+    assert len(made) == 3
+    assert set(made.verdicts) == {RESTRICTED}
+    made = chain([(some, RESTRICTED), (port, ALLOWED)])
+    assert dict(zip(made.codes, made.verdicts, strict=True))[port[0]] == ALLOWED | NAMES
+
+
+def test_a_wider_rule_lifts_the_restriction_of_a_narrower_one():
+    port = codes(DNS_PORT, EGRESS)
+    some = [*port, *naming(port, (5,))]
+    made = chain([(some, RESTRICTED), (everything(EGRESS), ALLOWED)])
+    found = dict(zip(made.codes, made.verdicts, strict=True))
+    assert found[port[0]] == ALLOWED | NAMES
+    assert found[everything(EGRESS)[0]] == ALLOWED
+    wide = codes(PortMatch(17, 0, 1023), EGRESS)
+    made = chain([(some, RESTRICTED), (wide, ALLOWED | LOG)])
+    assert dict(zip(made.codes, made.verdicts, strict=True))[port[0]] == ALLOWED | NAMES | LOG
+
+
+def test_a_deny_takes_the_names_of_its_ports_with_it():
+    port = codes(DNS_PORT, EGRESS)
+    denied = word(True, 0, False, 9)
+    made = chain([([*port, *naming(port, (5,))], RESTRICTED), (everything(EGRESS), denied)])
+    found = dict(zip(made.codes, made.verdicts, strict=True))
+    assert port[0] not in found, "the deny behind it says it"
+    assert found[everything(EGRESS)[0]] & 3 == DENY
