@@ -165,7 +165,8 @@ class Node:
 
     def flows(self, **asked) -> list:
         request = C["GetFlows"](number=asked.pop("number", 1000), **asked)
-        return [one.flow for one in self.call("/observer.Observer/GetFlows", request)]
+        found = self.call("/observer.Observer/GetFlows", request)
+        return [one.flow for one in found if one.HasField("flow")]
 
 
 def filters(**members):

@@ -8,6 +8,7 @@ penstock.Statistics, since Hubble's message has no bytes. Reasons that Cilium ha
 DROP_REASON_UNKNOWN with their text there.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
@@ -55,6 +56,7 @@ _PIECES = {
 """Member of flow.Flow -> the method that fills it."""
 
 
+@functools.lru_cache(1 << 16)
 def address(family: int, hi: int, lo: int) -> str:
     """Return an address as text; empty for what is no IP packet."""
     if family == 4:

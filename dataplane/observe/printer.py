@@ -48,7 +48,15 @@ class Printer:
     def lines(self, answers: Iterable[Any]) -> Iterator[str]:
         """Yield lines; a table comes whole at the end."""
         if self._form == "table":
-            yield from _table([self._cells(one) for one in answers], self._node)
+            lost: list[str] = []
+            rows = []
+            for one in answers:
+                if one.HasField("lost_events"):
+                    lost.append(_lost(one))
+                else:
+                    rows.append(self._cells(one))
+            yield from _table(rows, self._node)
+            yield from lost
             return
         first = True
         for answer in answers:

@@ -118,12 +118,21 @@ def match(part: Columns, wanted: Question, fits: Filter) -> Found:
 def ask(
     source: Collector, wanted: Question, fits: Filter, alive: Callable[[], bool]
 ) -> Iterator[Found | Loss]:
-    """Yield what a question finds, and with `follow` what comes, until not alive()."""
+    """Yield what a question finds, what was lost since the first of it, and what comes.
+
+    That only with `follow`, until not alive().
+    """
     store = source.store
     end = store.head
     told = source.lost
     if wanted.number or not wanted.follow or wanted.since_ns:
-        yield from search(store, wanted, fits, end)
+        first_ns = ALL_NS[1]
+        for found in search(store, wanted, fits, end):
+            first_ns = min(first_ns, int(found.flows.wall_ns[found.indexes[0]]))
+            yield found
+        for loss in list(source.losses):
+            if first_ns <= loss.wall_ns <= wanted.until_ns and loss.at <= end:
+                yield loss
     while wanted.follow and alive() and not source.stopped:
         with source.changed:
             if store.head == end and not source.stopped:

@@ -135,3 +135,34 @@ def test_an_observer_that_is_killed_comes_again_with_what_the_rings_hold(world):
 
     assert eventually(again, "the observer")[0]["destination"]["pod_name"] == "db"
     assert world.nodes[0].pid("forwarder") == before
+
+
+def test_flows_on_disk_and_a_policy_that_is_tried_on_them(world):
+    """The observer writes when it ends; what it wrote is read without any daemon."""
+    node = world.nodes[0]
+    assert _fetch(world.web, f"http://{VIP[4]}/")
+    eventually(lambda: observed(world, "--from-pod", "shop/web", "--last", "1"), "the flow")
+    folder = node.folder / "state" / "flows"
+    before = set(folder.glob("*.parquet"))
+    os.kill(node.pid("observer"), signal.SIGTERM)
+    eventually(lambda: set(folder.glob("*.parquet")) - before, "the file")
+    words = ("--input", str(folder), "--from-pod", "shop/web", "--to-port", "8080", "--last", "1")
+    (flow,) = observed(world, *words)
+    assert flow["destination"]["pod_name"] == "db"
+    chosen = {"matchLabels": {"app": "db"}}
+    file = node.folder / "closed.json"
+    closed = network_policy("db", "shop", podSelector=chosen, policyTypes=["Ingress"], ingress=[])
+    file.write_text(json.dumps(closed))
+    said = subprocess.run(
+        node.namespace.wrap(node.words("policy", "try", str(file), "-o", "json")),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert said.returncode == 1, said.stderr
+    found = json.loads(said.stdout)
+    named = {
+        (row["source"], row["destination"], row["port"], row["was"], row["becomes"])
+        for row in found["changes"]
+    }
+    assert ("shop/web", "shop/db", "8080", "allowed", "denied") in named
+    assert not any(row["becomes"] == "allowed" for row in found["changes"])
+    assert found["judged"] >= found["changed"] > 0
