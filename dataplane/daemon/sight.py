@@ -35,6 +35,9 @@ class Witness:
             ready=state["ready"],
             forwarder=state["forwarder"],
             owners=self.owners(),
+            endpoints={
+                end.number: Owner(end.pod_namespace, end.pod_name) for end in agent.endpoints
+            },
             addresses=self._called(agent.objects),
             tables=agent.reconciler.usage() | agent.engines.usage(),
             pools=tuple(agent.ipam.usage()),

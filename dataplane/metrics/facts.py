@@ -33,6 +33,7 @@ class Facts:
     ready: bool = False
     forwarder: Mapping[str, Any] | None = None  # its status; None: it does not answer
     owners: Mapping[str, Owner] = field(default_factory=dict)  # by the device's name
+    endpoints: Mapping[int, Owner] = field(default_factory=dict)  # by number
     addresses: Mapping[str, str] = field(default_factory=dict)  # -> what it is called
     tables: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # in use, limit
     pools: tuple[Mapping[str, Any], ...] = ()  # Ipam.usage()

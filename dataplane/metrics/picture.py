@@ -20,8 +20,10 @@ EDGES_MOST = 60
 DROPS_MOST = 30
 
 
-def picture(shm: Shm, facts: Facts, tables: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    """Return plain data. tables: (in use, limit) by name."""
+def picture(
+    shm: Shm, facts: Facts, tables: dict[str, tuple[int, int]], names: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return plain data. tables: (in use, limit) by name; names: as NamesCollector.top."""
     flows = view.flows(shm, FLOWS_MOST)
     edges = _edges(flows, facts)
     fullness = [
@@ -44,7 +46,7 @@ def picture(shm: Shm, facts: Facts, tables: dict[str, tuple[int, int]]) -> dict[
         "drops": _drops(flows, facts),
         "tables": sorted(fullness, key=lambda row: -row["percent"]),
         "workers": view.workers(shm),
-        "dns": [],
+        "dns": names,
     }
 
 

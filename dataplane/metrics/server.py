@@ -21,6 +21,7 @@ from prometheus_client.exposition import choose_encoder
 from dataplane.metrics.datapath import DatapathCollector
 from dataplane.metrics.facts import Facts, Owner
 from dataplane.metrics.flows import FlowCollector
+from dataplane.metrics.names import NamesCollector
 from dataplane.metrics.picture import picture
 from dataplane.tables.shm import Shm
 from xdp.abi import CONST
@@ -54,9 +55,11 @@ class Sight:
         self._shm, self._facts, self._owners = shm, facts, owners
         self.problem = ""
         self.datapath, self.flows = DatapathCollector(shm), FlowCollector(shm)
+        self.names = NamesCollector(shm)
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self.datapath)
         self.registry.register(self.flows)
+        self.registry.register(self.names)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self._thread = ThreadPoolExecutor(1, "sight")
@@ -98,8 +101,9 @@ class Sight:
         return await self._aside(self.flows.take)
 
     async def _look(self) -> Facts:
-        self.datapath.facts = await self._facts()
-        return self.datapath.facts
+        facts = await self._facts()
+        self.datapath.facts, self.names.pods = facts, facts.endpoints
+        return facts
 
     async def _aside(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -116,7 +120,7 @@ class Sight:
         facts = await self._look()
 
         def answer() -> dict:
-            return picture(self._shm, facts, self.datapath.pressure())
+            return picture(self._shm, facts, self.datapath.pressure(), self.names.top())
 
         found = await self._aside(answer)
         return web.json_response(found, headers=HEADERS)

@@ -14,6 +14,7 @@ from tests.netns.manifests import cilium_policy, namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
 
+NAME = "shop.example"
 ROOT = Path(__file__).resolve().parents[2]
 DENY = cilium_policy(
     "closed",
@@ -36,6 +37,11 @@ def world():
         cluster.far = two.pod("far", PodSpec(labels={"app": "far"}))
         for pod in (cluster.server, cluster.closed, cluster.far):
             cluster.servers = checks.serve(pod.namespace)
+        cluster.server.namespace.spawn(
+            "dnsmasq", "--keep-in-foreground", "--no-resolv", "--no-hosts",
+            "--conf-file=/dev/null", "--pid-file", "--user=root", "--log-facility=-",
+            "--bind-dynamic", f"--address=/{NAME}/192.0.2.99",
+        )  # fmt: skip
         eventually(lambda: not fetches(cluster, cluster.closed), "the policy")
         yield cluster
 
@@ -51,6 +57,12 @@ def fetches(cluster, pod, family=4, client=None) -> bool:
     except LabError:
         return False
     return True
+
+
+def asks(cluster) -> str:
+    """The client's question for NAME, at the server's resolver."""
+    server = f"@{cluster.server.addresses[4]}"
+    return cluster.client.namespace.run("dig", "+short", "+time=2", "+tries=2", server, NAME)
 
 
 class Capture:
@@ -295,10 +307,12 @@ def test_every_panel_has_something_to_show(world, prometheus):
     assert fetches(world, world.server)
     assert fetches(world, world.far)
     assert not fetches(world, world.closed)
+    assert "192.0.2.99" in asks(world)
     missing = set()
 
     def all_there():
         fetches(world, world.closed)
+        asks(world)
         missing.clear()
         missing.update(
             (title, text)
@@ -332,7 +346,8 @@ def test_metrics_say_what_counters_say(world, prometheus):
 
 
 def test_the_page_in_a_browser(world, tmp_path):
-    """Chromium draws it: the map has the pods, drops name the policy, nothing fails."""
+    """Chromium draws it: the map has the pods, drops name the policy, names are listed."""
+    assert "192.0.2.99" in asks(world)
     assert fetches(world, world.server)
     assert not fetches(world, world.closed)
     done = world.nodes[0].namespace.run(
@@ -346,4 +361,5 @@ def test_the_page_in_a_browser(world, tmp_path):
     assert "Policy denied" in text
     assert "CiliumNetworkPolicy default/closed" in text
     assert text.count('class="edge"') >= 2
+    assert f">{NAME}.</td>" in text
     assert ">connections</td>" in text

@@ -184,7 +184,7 @@ def test_every_metric_is_documented_and_every_documented_one_exists(shm):
     sight.datapath.facts = FACTS
     exported = {
         f"{one.name}_total" if one.type == "counter" else one.name
-        for collector in (sight.datapath, sight.flows)
+        for collector in (sight.datapath, sight.flows, sight.names)
         for one in collector.collect()
     }
     assert documented == exported

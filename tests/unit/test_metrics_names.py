@@ -1,0 +1,77 @@
+"""DNS as metrics: from counters of workers, with Hubble's names and latency that can be trusted."""
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from dataplane.metrics.facts import Owner
+from dataplane.metrics.names import NamesCollector
+from dataplane.tables.names_view import ENDS
+from dataplane.tables.shm import Shm
+from xdp.abi import value
+
+WEB, POD = "default/web", (("source", "default/web"),)
+
+
+@pytest.fixture
+def collector(tmp_path):
+    with Shm.create(tmp_path) as shm:
+        for lane, queries in ((0, 3), (1, 4)):
+            row = shm.dns_pods[lane, 5]
+            row["used"], row["queries"], row["refused"] = 8, queries, 1
+            row["types"][value("DNS_TYPE_A")] = queries
+            row["rcodes"][3] = 2
+            row["answers"] = 2
+            row["latency"][10], row["latency_ns"] = 2, 2 * ENDS[10]
+            server = shm.dns_servers[lane, 0]
+            server["used"], server["lo"], server["answers"] = 1, 0x0A000035, 2
+            server["latency"][10], server["latency_ns"] = 2, 2 * ENDS[10]
+        shm.dns_notes[0]["learned"] = 6
+        one = NamesCollector(shm)
+        one.pods = {7: Owner("default", "web")}
+        yield one
+
+
+def samples(collector):
+    """As Prometheus reads it."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return {
+        (one.name, *sorted(one.labels.items())): one.value
+        for family in text_string_to_metric_families(generate_latest(registry).decode())
+        for one in family.samples
+    }
+
+
+def test_lanes_are_added_up_under_hubbles_names(collector):
+    found = samples(collector)
+    query = (("destination", ""), ("qtypes", "A"), ("source", WEB))
+    assert found["hubble_dns_queries_total", *query] == 7
+    answer = (("destination", WEB), ("rcode", "NXDOMAIN"), ("source", ""))
+    assert found["hubble_dns_responses_total", *answer] == 4
+    assert found["penstock_dns_refused_total", *POD] == 2
+    assert found["penstock_names_total", ("what", "learned")] == 6
+
+
+def test_latency_is_a_histogram_by_server(collector):
+    found = samples(collector)
+    buckets = sorted(
+        (float(dict(labels)["le"]), n)
+        for (name, *labels), n in found.items()
+        if name == "penstock_dns_latency_seconds_bucket"
+    )
+    counts = [n for _, n in buckets]
+    assert counts == sorted(counts)
+    assert buckets[-1] == (np.inf, 4)
+    assert next(end for end, n in buckets if n == 4) >= ENDS[10] / 1e9
+    server = ("server", "10.0.0.53")
+    assert found["penstock_dns_latency_seconds_count", server] == 4
+    assert found["penstock_dns_latency_seconds_sum", server] == pytest.approx(4 * ENDS[10] / 1e9)
+    median = (("quantile", "0.50"), ("source", WEB))
+    assert found["penstock_dns_pod_latency_seconds", *median] == pytest.approx(ENDS[10] / 1e9)
+
+
+def test_a_pod_that_has_gone_has_no_name_and_no_error(collector):
+    collector.pods = {}
+    assert samples(collector)["penstock_dns_refused_total", ("source", "")] == 2
