@@ -126,6 +126,9 @@ class DatapathCollector:
     def pressure(self) -> dict[str, tuple[int, int]]:
         """Return (in use, limit) of every table."""
         found = dict(self.facts.tables)
+        for name, index in (("names", "name_index"), ("name_addresses", "learned_index")):
+            words = getattr(self._shm, index)
+            found[name] = (int(np.count_nonzero(words)), len(words))
         if state := self.facts.forwarder:
             found["connections"] = (state["conntrack"]["connections"], state["conntrack"]["limit"])
             found["flow_table"] = (state["flow_table"]["entries"], state["flow_table"]["slots"])
