@@ -45,7 +45,7 @@ FRAME_STRIDE = CONST["FRAME_STRIDE"]
 PORTS_MAX = CONST["PORTS_MAX"]
 SEGMENTS_PER_PACKET = CONST["SEGMENTS_PER_PACKET"]
 FILL_MOST = 2048  # frames that wait in one fill ring at most
-FILL_LEAST = 64  # and at least, however many ports there are
+FILL_LEAST = 64  # and at least, however many ports there are: what a new one begins with
 BASE_MASK = (1 << 48) - 1
 PACKET_CONTINUES = 1  # XDP_PKT_CONTD
 NEED_WAKEUP = 1  # XDP_RING_NEED_WAKEUP
@@ -73,6 +73,7 @@ SOCK = np.dtype(
     + [(f"{ring}_descriptors", "i8") for ring in _RINGS]
     + [(f"{ring}_size", "i8") for ring in _RINGS]
     + [("tx_flags", "i8"), ("fill_flags", "i8"), ("tx_head", "i8"), ("tx_room", "i8")]
+    + [("fill_goal", "i8")]
 )
 """One socket: memory addresses of ring words, sizes, and the worker's own cursors."""
 
@@ -89,7 +90,7 @@ class Rings(NamedTuple):
     owner: Rows  # int64[frames]: socket that holds the frame, -1: nobody
     area: Rows  # int64[1]: memory address of the UMEM
     turn: Rows  # int64[1]: socket that receives first in this step
-    fill_target: Rows  # int64[1]: frames that each fill ring is topped up to
+    fill_target: Rows  # int64[2]: frames a fill ring may grow to; free ones that growth leaves
 
 
 def make_rings(area: int, frames: np.ndarray) -> Rings:
@@ -105,7 +106,7 @@ def make_rings(area: int, frames: np.ndarray) -> Rings:
         owner=Rows(np.full(total, -1, np.int64)),
         area=Rows(np.full(1, area, np.int64)),
         turn=Rows(np.zeros(1, np.int64)),
-        fill_target=Rows(np.zeros(1, np.int64)),
+        fill_target=Rows(np.zeros(2, np.int64)),
     )
     rings.free[:] = frames[::-1]
     return rings
@@ -258,12 +259,23 @@ def _complete(r, s):
 
 
 @inline
-def _refill(r, s, target):
-    """Top up the fill ring of socket s; hands out frames only while half the target is missing."""
+def _refill(r, s):
+    """Top up the fill ring of socket s to its goal, which doubles when half of it was used up.
+
+    The kernel gives no frame back that nothing was received into: a port that gets no traffic must
+    not hold what later ones need.
+    """
     sock = r.socks[s]
     producer = load32(sock.fill_producer)
     level = (producer - load32_acquire(sock.fill_consumer)) & 0xFFFFFFFF
-    wanted = target - level
+    goal = sock.fill_goal
+    most = r.fill_target[0]
+    if 2 * level < goal and goal < most and r.free_count[0] > r.fill_target[1]:
+        goal = 2 * goal
+    if goal > most:
+        goal = most
+    r.socks[s].fill_goal = goal
+    wanted = goal - level
     if wanted > r.free_count[0]:
         wanted = r.free_count[0]
     if wanted <= 0 or (wanted < 32 and level >= 32):
@@ -284,7 +296,7 @@ def collect(r):
     for n in range(r.active_count[0]):
         total += _complete(r, r.active[n])
     for n in range(r.active_count[0]):
-        _refill(r, r.active[n], r.fill_target[0])
+        _refill(r, r.active[n])
     return total
 
 

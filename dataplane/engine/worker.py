@@ -157,6 +157,7 @@ class Worker:
         sock["tx_flags"] = xsk.tx.flags if xsk.zero_copy else 0
         sock["fill_flags"] = xsk.fill.flags
         sock["tx_room"] = xsk.tx.size
+        sock["fill_goal"] = FILL_LEAST // 2  # doubled at once while there are enough frames
         sock["state"] = STATE_OPEN
         if self.rings.port_sock[port] < 0:
             self.rings.port_sock[port] = index
@@ -194,9 +195,8 @@ class Worker:
         self.rings.active[: len(active)] = active
         self.rings.active_count[0] = len(active)
         self.rings.turn[0] = 0
-        half = len(self.rings.free) // 2  # the other half is for what is on its way
-        share = half // max(1, len(active))
-        self.rings.fill_target[0] = max(FILL_LEAST, min(FILL_MOST, share))
+        half = len(self.rings.free) // 2  # kept for later ports and what is on its way
+        self.rings.fill_target[:] = max(FILL_LEAST, min(FILL_MOST, half)), half
 
 
 def make_tables(shm: Any) -> Tables:

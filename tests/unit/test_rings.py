@@ -269,8 +269,40 @@ def test_fragments_of_many_segments_do_not_wait(world):
     world.audit()
 
 
-def test_every_socket_gets_its_share_of_frames(world):
-    assert world.rings.fill_target[0] == max(ring_code.FILL_LEAST, FRAMES // 2 // 2)
+def test_growth_leaves_half_of_the_frames(world):
+    assert list(world.rings.fill_target) == [max(ring_code.FILL_LEAST, FRAMES // 2), FRAMES // 2]
+
+
+def test_ports_without_traffic_leave_frames_to_later_ones(shm):
+    """Half the frames of a default node, 90 ports: the first ones do not hold everything."""
+    world = World(shm, sockets=0, size=2048, total=8192)
+    try:
+        for port in range(90):
+            world.pipes.append(os.pipe())
+            world.xsks.append(FakeXsk(world.area, world.pipes[-1][0], 2048))
+            world.slots.append(world.worker.add(world.xsks[-1], port))
+            _collect(world.rings)
+            assert world.xsks[-1].deliver(bytes(100)), f"port {port} has no frame to receive into"
+            world.step(None)
+        world.audit()
+    finally:
+        world.close()
+
+
+def test_a_port_with_traffic_gets_more_frames(shm):
+    world = World(shm, sockets=1, size=2048, total=4096)
+    try:
+        goals = set()
+        for _ in range(40):
+            while world.xsks[0].deliver(bytes(60)):
+                pass
+            world.step(None)
+            _collect(world.rings)
+            goals.add(int(world.rings.socks[world.slots[0]]["fill_goal"]))
+        assert max(goals) == ring_code.FILL_MOST
+        world.audit()
+    finally:
+        world.close()
 
 
 PIECES = [piece(offset, number) for offset in (0, 8, 16) for number in (1, 2)]
