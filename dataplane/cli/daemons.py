@@ -1,4 +1,4 @@
-"""penstock run, agent, forwarder, observer.
+"""penstock run, agent, forwarder, observer, dnsproxy.
 
 Rule: a configuration error ends with status 78, which no supervisor restarts.
 
@@ -66,3 +66,16 @@ def observer(config: Any, path: Path | None) -> None:
 
     _setup(config)
     sys.exit(process.main(config))
+
+
+@click.command()
+@config_option
+def dnsproxy(config: Any, path: Path | None) -> None:
+    """Run the proxy for DNS over TCP alone."""
+    from dataplane.daemon import dns_proxy as process
+    from dataplane.daemon.lock import hold
+
+    _setup(config)
+    with hold(config.run_dir / "dnsproxy.lock"):
+        status = process.main(config)
+    sys.exit(status)

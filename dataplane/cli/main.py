@@ -17,6 +17,7 @@ COMMANDS = {
     "agent": ("daemons", "Run the agent alone"),
     "forwarder": ("daemons", "Run the forwarder alone"),
     "observer": ("daemons", "Run the observer alone: it keeps and serves flows"),
+    "dnsproxy": ("daemons", "Run the proxy for DNS over TCP alone"),
     "status": ("show", "What this node is doing, and what is wrong"),
     "doctor": ("doctor", "What this machine can and cannot do, and the fix"),
     "endpoint": ("show", "Pods attached to this node"),

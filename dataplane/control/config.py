@@ -262,6 +262,7 @@ class Dns(_Section):
     addresses_max: Annotated[int, Field(ge=1, le=65536)] = Field(
         1000, description="addresses of one name; more are counted and warned of, not learned"
     )
+    tcp: bool = Field(True, description="run the proxy that reads DNS over TCP where names count")
     cluster_domain: Annotated[
         str, Field(pattern=r"^([-a-z0-9_]+(\.[-a-z0-9_]+)*)?$", max_length=62)
     ] = Field("cluster.local", description="what pods' search lists end in; empty: unknown")

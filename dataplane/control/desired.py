@@ -36,13 +36,20 @@ from dataplane.objects.collect import Objects
 from dataplane.objects.core import Node
 from dataplane.objects.manifest import ManifestError
 from dataplane.tables.errors import TableError
-from dataplane.tables.model import Adjacency, Port, Tunnel
+from dataplane.tables.model import (
+    PROXY_ADDRESSES,
+    PROXY_MAC,
+    PROXY_PEER,
+    Adjacency,
+    Port,
+    Tunnel,
+)
 from xdp.abi import CONST, value
 
 POD, GATEWAY = value("ADJACENCY_POD"), value("ADJACENCY_GATEWAY")
 TO_HOST, TO_TUNNEL = value("ADJACENCY_HOST"), value("ADJACENCY_TUNNEL")
 BLACKHOLE = value("ADJACENCY_BLACKHOLE")
-PORT_POD, PORT_HOST = value("PORT_POD"), value("PORT_HOST")
+PORT_POD, PORT_HOST, PORT_PROXY = (value(f"PORT_{name}") for name in ("POD", "HOST", "PROXY"))
 
 __all__ = ["NotReady", "desired"]
 
@@ -56,6 +63,11 @@ def _ports(
     if host and peer:
         found.append(
             Port(PORT_HOST, peer.name, peer.index, peer.mtu, me.workers, peer.mac, host.mac)
+        )
+    if proxy := actual.links.get(PROXY_PEER):
+        queues = min(proxy.queues, CONST["QUEUES_MAX"])
+        found.append(
+            Port(PORT_PROXY, proxy.name, proxy.index, proxy.mtu, queues, proxy.mac, PROXY_MAC)
         )
     for link in me.uplinks:
         queues = min(link.queues, CONST["QUEUES_MAX"])
@@ -131,7 +143,7 @@ class _Routes:
         """This node's addresses and pod CIDRs."""
         for link in actual.links.values():
             for address, _ in actual.addresses.get(link.index, ()):
-                inner = link.name in (HOST, HOST_PEER)
+                inner = link.name in (HOST, HOST_PEER, PROXY_PEER)
                 if not (inner or address.is_link_local or address.is_loopback):
                     self.mine.add(address)
                     self.table[_host(address)] = self.to_node(TO_HOST)
@@ -165,6 +177,13 @@ class _Routes:
         """The node's own route through penstock0 and the forwarder."""
         if source := self.me.routers.get(cidr.version):
             self.host[cidr] = HostRoute(cidr, NEXT_HOPS[cidr.version], HOST, mtu, source)
+
+    def proxy(self, ports: Mapping[int, Port]) -> None:
+        """The DNS proxy, if it stands."""
+        for index, port in ports.items():
+            if port.kind == PORT_PROXY:
+                way = Adjacency(TO_HOST, index, port.mtu, self.me.mac, port.peer_mac)
+                self.table.update({_host(at): way for at in PROXY_ADDRESSES.values()})
 
     def pods(self, ports: Mapping[int, Port]) -> None:
         """Pods of this node."""
@@ -305,6 +324,7 @@ def desired(
             routes.remote(node)
         except (ManifestError, TableError) as error:
             problems.append(str(error))
+    routes.proxy(ports)
     routes.pods(ports)
     return Desired(
         queues=me.workers,

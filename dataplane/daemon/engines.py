@@ -30,11 +30,14 @@ from dataplane.policy.options import LocalEndpoint, LocalView, PolicyOptions
 from dataplane.services.engine import ServiceEngine
 from dataplane.services.health import HealthServer
 from dataplane.services.model import ServiceOptions
+from dataplane.tables.model import PROXY_ADDRESSES
 from dataplane.tables.names import NamingOptions
 from dataplane.tables.policies import PolicyWriter
 from dataplane.tables.services import ServiceWriter
 from dataplane.tables.shm import Shm
+from xdp.abi import value
 
+PORT_PROXY = value("PORT_PROXY")
 SILENT_NS = 5_000_000_000  # an idle worker wakes once a second
 RULES, NAMES = "rules.db", "services.json"
 
@@ -96,6 +99,8 @@ class Engines:
 
     def _update(self, objects: Objects, wanted: Desired) -> list[str]:
         ends = list(self._endpoints)
+        stands = any(port.kind == PORT_PROXY for port in wanted.tables.ports.values())
+        self.policy.names.set_proxy(PROXY_ADDRESSES if stands else {})
         problems = self.policy.update(objects, self._view(objects, wanted, ends))
         return problems + self.services.update(
             objects, self._config.node.name, sorted(wanted.reachable, key=str), host_ports(ends)

@@ -1,4 +1,4 @@
-"""`penstock run`: starts agent, forwarder and observer, and starts them again.
+"""`penstock run`: starts agent, forwarder, observer and DNS proxy, and starts them again.
 
 Rule: the processes never depend on this one; killed together with it, they are taken up by the next
 run.
@@ -52,7 +52,7 @@ class Child:
     """One process that is kept alive."""
 
     def __init__(self, name: str, config: Path | None, store: Store | None = None) -> None:
-        """name: the subcommand, `agent` or `forwarder`; store: what it leaves to the next."""
+        """name: the subcommand, such as `agent`; store: what it leaves to the next."""
         self._store = store
         self.name = name
         self._command = [sys.executable, "-m", "dataplane.cli.main", name]
@@ -183,6 +183,7 @@ async def _run(config: Config, path: Path | None) -> int:
     store.listen()
     agent, forwarder = Child("agent", path), Child("forwarder", path, store)
     others = [Child("observer", path)] if config.observe.enabled else []
+    others += [Child("dnsproxy", path)] if config.dns.tcp else []
     children = (agent, forwarder, *others)
     keepers = [asyncio.create_task(child.keep(stop)) for child in children]
     watcher = asyncio.create_task(_watch(config, forwarder, stop))
@@ -195,7 +196,7 @@ async def _run(config: Config, path: Path | None) -> int:
     await asyncio.gather(agent.end(), *(child.end() for child in others))
     await forwarder.end()
     await asyncio.gather(*keepers, watcher)
-    return EX_CONFIG if EX_CONFIG in (agent.status, forwarder.status) else 0
+    return EX_CONFIG if EX_CONFIG in [child.status for child in children] else 0
 
 
 def main(config: Config, path: Path | None) -> int:

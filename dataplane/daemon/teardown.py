@@ -15,6 +15,8 @@ from dataplane.control.config import Config
 from dataplane.control.kernel.netlink import PROTOCOL, Kernel
 from dataplane.control.model import HOST, HOST_PEER, RESERVED_PORTS
 from dataplane.daemon.lock import hold
+from dataplane.dnsproxy import place
+from dataplane.tables.model import PROXY_PEER
 
 
 def cleanup(config: Config, state: bool = False) -> list[str]:
@@ -22,7 +24,7 @@ def cleanup(config: Config, state: bool = False) -> list[str]:
     removed = []
     stood = config.run_dir.exists()
     with contextlib.ExitStack() as alone:
-        for name in ("run", "agent", "forwarder"):
+        for name in ("run", "agent", "forwarder", "dnsproxy"):
             alone.enter_context(hold(config.run_dir / f"{name}.lock"))
         if conflist.remove(config.node.cni.conf_dir):
             removed.append(f"{config.node.cni.conf_dir / conflist.FILE}")
@@ -36,7 +38,7 @@ def cleanup(config: Config, state: bool = False) -> list[str]:
                 if route.protocol == PROTOCOL:
                     kernel.remove_route(route)
                     removed.append(f"route {route.network}")
-            for name in (HOST, HOST_PEER):
+            for name in (HOST, HOST_PEER, PROXY_PEER):
                 if name in actual.links:
                     kernel.remove_link(name)
                     removed.append(f"device {name}")
@@ -44,6 +46,8 @@ def cleanup(config: Config, state: bool = False) -> list[str]:
                 removed.append(f"reserved ports {released}")
         finally:
             kernel.close()
+        if place.leave(config.run_dir):
+            removed.append("the DNS proxy's namespace")
         shutil.rmtree(config.run_dir)
     if stood:
         removed.append(str(config.run_dir))

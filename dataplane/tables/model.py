@@ -6,6 +6,7 @@ Theory. Frozen dataclasses, so that equal next hops are one key and share one ro
 table. Bounds are checked when an object is made, far from the tables, with a message for people.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
@@ -15,6 +16,13 @@ from xdp.abi import CONST, ENUM, value
 Address = IPv4Address | IPv6Address
 
 NO_MAC = bytes(6)
+PROXY_DEVICE, PROXY_PEER = "penstock2", "penstock3"  # the DNS proxy's end of its veth, and ours
+PROXY_MAC = bytes.fromhex("025053000001")
+PROXY_ADDRESSES: Mapping[int, Address] = {
+    4: IPv4Address("169.254.42.2"),
+    6: IPv6Address("fd00:42::2"),
+}
+"""What routes call the DNS proxy; no packet has these addresses."""
 NAME_MOST = 15  # IFNAMSIZ - 1
 VNI_MOST = (1 << 24) - 1
 _U32 = (1 << 32) - 1

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 
 import numpy as np
 
@@ -216,3 +217,9 @@ class NameWriter:
         row["domain"][: len(domain)] = np.frombuffer(domain, np.uint8)
         row["domain_labels"] = len(labels)
         row["domain_length"] = len(domain)
+
+    def set_proxy(self, addresses: Mapping[int, IPv4Address | IPv6Address]) -> None:
+        """Say by which addresses, one a family, the route to the DNS proxy is found; none: away."""
+        row, six = self.shm.naming[0], int(addresses.get(6, 0))
+        row["proxy4"] = int(addresses.get(4, 0))
+        row["proxy6_hi"], row["proxy6_lo"] = six >> 64, six & MASK64

@@ -104,7 +104,8 @@ def test_every_listing_is_json(node):
     assert [row["ipv4"] for row in node.ask("endpoint", "list")] == [four]
     for name in ("default/seen", four, pod.addresses[6], pod.container[:8]):
         assert node.ask("endpoint", "get", name)[0]["pod"] == "default/seen"
-    assert {row["kind"] for row in node.ask("port")} == {"host", "uplink", "pod"}
+    wanted = {"host", "uplink", "pod", "proxy"}
+    eventually(lambda: {row["kind"] for row in node.ask("port")} == wanted, "all ports")
     assert node.ask("route", "get", four)[0]["kind"] == "pod"
     assert node.ask("route", "get", "10.244.1.1")[0]["kind"] == "gateway"
     assert node.ask("ipam", "list")[0]["owner"] == "default/seen"
@@ -113,7 +114,7 @@ def test_every_listing_is_json(node):
         "fd00:244:0:1::/64",
     }
     assert node.ask("ipam", "history")[0]["event"] == "allocate"
-    assert node.ask("plan") == []
+    eventually(lambda: node.ask("plan") == [], "nothing left to do")
     assert node.ask("counters")["workers"][0]["worker"] == 0
     assert isinstance(node.ask("flows"), list)
     assert "no endpoint nobody" in fails(node, "endpoint", "get", "nobody")

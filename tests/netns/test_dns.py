@@ -17,9 +17,12 @@ pytestmark = [pytest.mark.root, pytest.mark.net]
 NAME = "myblobstorage.com"
 STORE = {4: ("11.2.0.1", "11.2.0.2"), 6: ("2001:db8:2::1", "2001:db8:2::2")}
 OTHER = {4: "11.2.0.9", 6: "2001:db8:2::9"}  # where another name leads
+TCP_ONLY = {4: "11.2.0.4", 6: "2001:db8:2::4"}  # where tcp.NAME leads
 GENAI = {"app": "genai_backend"}
 ZONES = {
-    NAME: f"@ A {STORE[4][0]}\n@ AAAA {STORE[6][0]}\nwww CNAME store.cdn.test.\n",
+    NAME: f"@ A {STORE[4][0]}\n@ AAAA {STORE[6][0]}\nwww CNAME store.cdn.test.\n"
+    f"tcp A {TCP_ONLY[4]}\ntcp AAAA {TCP_ONLY[6]}\n"
+    + "".join(f"big A 11.2.1.{n}\n" for n in range(60)),
     "cdn.test": f"store CNAME edge.cdn.test.\nedge A {STORE[4][1]}\nedge AAAA {STORE[6][1]}\n",
     "example.org": f"@ A {OTHER[4]}\n@ AAAA {OTHER[6]}\n",
 }
@@ -45,7 +48,7 @@ def world():
         one, two = cluster.nodes
         cluster.far = cluster.outside()
         for family, bits in ((4, 32), (6, 128)):
-            for address in (*STORE[family], OTHER[family]):
+            for address in (*STORE[family], OTHER[family], TCP_ONLY[family]):
                 cluster.far.namespace.ip(f"addr add {address}/{bits} dev lo")
                 for node in cluster.nodes:
                     way = f"via {cluster.far.underlay[family]} dev eth0"
@@ -142,6 +145,24 @@ def test_addresses_that_rotate_are_followed(world):
         world.resolver.change("cdn.test", ZONES["cdn.test"])
 
 
+@pytest.mark.parametrize("family", [4, 6])
+def test_names_count_over_tcp_too(world, family):
+    """The proxy speaks to both sides under the other's address, and what it hears teaches."""
+    kind = {4: "A", 6: "AAAA"}[family]
+    status, found = _dig(world.genai, f"tcp.{NAME}", kind, "+tcp", family=family)
+    assert (status, found) == ("NOERROR", [TCP_ONLY[family]])
+    assert _fetches(world.genai, TCP_ONLY[family] if family == 4 else f"[{TCP_ONLY[6]}]", family)
+    assert _dig(world.genai, "example.org", kind, "+tcp", family=family)[0] == "REFUSED"
+    assert _dig(world.free, "example.org", kind, "+tcp", family=family)[0] == "NOERROR"
+
+
+def test_an_answer_too_large_for_udp_is_fetched_over_tcp(world):
+    status, found = _dig(world.genai, f"big.{NAME}", "A", "+bufsize=512")
+    assert (status, len(found)) == ("NOERROR", 60)
+    rows = world.nodes[0].ask("fqdn", "list")
+    assert sum(row["name"] == f"big.{NAME}." for row in rows) == 60
+
+
 def test_the_command_line_knows_what_was_asked(world):
     node = world.nodes[0]
     assert _dig(world.genai, "refused.example")[0] == "REFUSED"
@@ -188,6 +209,7 @@ def test_killing_the_agent_loses_no_query_and_opens_nothing(world):
     assert _fetches(world.genai, NAME, 4, "10")
     assert _dig(world.genai, "example.org")[0] == "REFUSED"
     assert not _fetches(world.genai, OTHER[4], 4, "1")
+    assert _dig(world.genai, NAME, "A", "+tcp")[0] == "NOERROR"
     sent, lost = _lost(flood.wait(60))
     assert sent > 5000
     assert lost == 0

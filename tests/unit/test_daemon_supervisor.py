@@ -165,8 +165,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_agent_and_observer_end_before_the_forwarder(tmp_path, monkeypatch):
-    names = ("agent", "forwarder", "observer")
+def test_all_others_end_before_the_forwarder(tmp_path, monkeypatch):
+    names = ("agent", "forwarder", "observer", "dnsproxy")
     made = {name: child(tmp_path, WAITS.format(name=name), name) for name in names}
     monkeypatch.setattr(supervisor, "Child", lambda name, *_: made[name])
     monkeypatch.setattr(supervisor, "_announce", lambda config: asyncio.sleep(0, True))
@@ -174,13 +174,13 @@ def test_agent_and_observer_end_before_the_forwarder(tmp_path, monkeypatch):
 
     async def body():
         running = asyncio.create_task(supervisor._run(config, None))
-        await until(lambda: len(said(tmp_path)) == 3)
+        await until(lambda: len(said(tmp_path)) == 4)
         os.kill(os.getpid(), signal.SIGTERM)
         assert await asyncio.wait_for(running, LIMIT_S) == 0
 
     asyncio.run(body())
-    *first, last = said(tmp_path)[3:]
-    assert sorted(first) == ["agent ends", "observer ends"]
+    *first, last = said(tmp_path)[4:]
+    assert sorted(first) == ["agent ends", "dnsproxy ends", "observer ends"]
     assert last == "forwarder ends"
 
 
