@@ -22,6 +22,7 @@ from dataplane.observe import report
 from dataplane.observe.book import LiveBook
 from dataplane.observe.collector import Collector
 from dataplane.observe.history import FOLDER, History, Origin
+from dataplane.observe.names import KnownNames
 from dataplane.observe.protocol import SOCKET
 from dataplane.observe.service import Observer, Peer, Server, credentials
 from dataplane.tables.events import epoch
@@ -33,10 +34,11 @@ log = structlog.get_logger(subsys="observer")
 
 
 class Roster:
-    """Asks the agent who is who."""
+    """Asks the agent who is who, and shared memory what DNS says."""
 
-    def __init__(self, config: Config) -> None:
-        """Nobody is known yet."""
+    def __init__(self, config: Config, names: KnownNames) -> None:
+        """Nobody is known yet. names: to be brought up to date, too."""
+        self._names = names
         self._path = config.run_dir / "api.sock"
         self._version: Any = None
         self._news: list[dict[str, Any]] | None = None
@@ -60,6 +62,7 @@ class Roster:
 
     def _run(self) -> None:
         while not self._stop.wait(ASK_S):
+            self._names.turn()
             try:
                 answer = call(self._path, "pods", known=self._version)
                 if answer:
@@ -103,9 +106,11 @@ def main(config: Config) -> int:
 
 def _serve(config: Config, shm: Shm, stop: threading.Event) -> None:
     options = config.observe
-    roster = Roster(config)
+    names = KnownNames(shm)
+    roster = Roster(config, names)
     source = Collector(shm, options.flows, roster.take)
     book = LiveBook(shm, shm.folder / RULES, shm.folder / NAMES)
+    book.names = names.of
     observer = Observer(source, book, config.node.name)
     server = Server(observer, Peer(lambda: roster.peers, lambda: not source.stopped))
     history = _history(config, Origin(source.directory, book, config.node.name, source.epoch))

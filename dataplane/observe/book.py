@@ -4,8 +4,8 @@ Rule: a number that nobody knows is shown as a number, never as an error.
 
 Theory. The agent keeps these names beside the tables (policy/rulebook.py, services/names.py), so
 they are there when it is away. They are read when a flow is shown, not when it comes: few of many
-flows are ever shown, and a number keeps its meaning long after the rule is gone. DNS names are a
-hook: whoever learns names sets `dns`.
+flows are ever shown, and a number keeps its meaning long after the rule is gone. `names` is who
+knows DNS (names.py).
 """
 
 import contextlib
