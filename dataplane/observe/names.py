@@ -45,7 +45,9 @@ class KnownNames:
     def _read(self) -> None:
         found: dict[tuple[int, int], set[str]] = {}
         for one in self._reader.mappings():
-            found.setdefault((one.address.version, int(one.address)), set()).add(one.name.rstrip("."))
+            found.setdefault((one.address.version, int(one.address)), set()).add(
+                one.name.rstrip(".")
+            )
         for key, names in found.items():
             known = self._names.pop(key, ())  # what is seen again is the newest
             self._names[key] = tuple(sorted(names.union(known)))
