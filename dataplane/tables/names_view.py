@@ -42,6 +42,7 @@ NOTES = (
     "learned", "renewed", "names_full", "addresses_full", "address_names_full", "name_capped",
     "selectors_full", "queries_displaced", "contended", "expired", "kept",
 )  # fmt: skip
+_32, _1 = np.uint64(32), np.uint64(1)
 FLAGS = {
     name.removeprefix("EVENT_").lower(): CONST[name]
     for name in ("EVENT_TRUNCATED", "EVENT_TCP", "EVENT_LEARNED", "EVENT_AUDITED")
@@ -133,27 +134,28 @@ class NameReader:
     def mappings(self) -> Iterator[Mapping]:
         """Yield every name that leads to an address now."""
         tick = self._clock() >> CONST["TICK_SHIFT"]
-        patterns = self.patterns()
-        for row in np.flatnonzero(self.shm.learned_index).tolist():
-            one = self.shm.learned[row]
-            if int(one["owner"]) != LIVE:
-                continue
-            address = address_of(int(one["family"]), int(one["hi"]), int(one["lo"]))
-            used = int(one["used"])
-            in_use = used != 0 and _since(tick, used) < USED_TICKS
-            for place in np.flatnonzero(one["tags"]).tolist():
-                name = self._name(int(one["names"][place]), int(one["tags"][place]))
-                left = -_since(tick, int(one["expiry"][place]))
-                if name is None or (left <= 0 and not in_use):
-                    continue
-                selectors = name["selectors"][: min(int(name["selector_count"]), 16)].tolist()
-                texts = tuple(patterns[n] for n in selectors if n in patterns)
-                scope, expires = int(one["scope"]), max(left, 0) * TICK_NS / 1e9
-                yield Mapping(_text(name), address, scope, expires, left <= 0, texts)
-
-    def _name(self, row: int, tag: int) -> np.void | None:
-        name = self.shm.names[row]
-        return name if (int(name["hash"]) >> 32 | 1) == tag else None
+        patterns, names = self.patterns(), self.shm.names
+        learned = self.shm.learned[np.flatnonzero(self.shm.learned_index)]
+        learned = learned[learned["owner"] == LIVE]
+        at, place = np.nonzero(learned["tags"])
+        rows = learned["names"][at, place].astype(np.int64)
+        same = (names["hash"][rows] >> _32 | _1) == learned["tags"][at, place]
+        left = -_since(tick, learned["expiry"][at, place].astype(np.int64))
+        used = learned["used"].astype(np.int64)
+        in_use = (used != 0) & (_since(tick, used) < USED_TICKS)
+        known: dict[int, tuple[str, tuple[str, ...]]] = {}
+        columns = (learned[name].tolist() for name in ("family", "hi", "lo", "scope"))
+        families, highs, lows, scopes = columns
+        for n in np.flatnonzero(same & ((left > 0) | in_use[at])).tolist():
+            which, row, ticks = int(at[n]), int(rows[n]), int(left[n])
+            if row not in known:
+                name = names[row]
+                some = name["selectors"][: min(int(name["selector_count"]), 16)].tolist()
+                known[row] = _text(name), tuple(patterns[k] for k in some if k in patterns)
+            text, selectors = known[row]
+            address = address_of(families[which], highs[which], lows[which])
+            expires = max(ticks, 0) * TICK_NS / 1e9
+            yield Mapping(text, address, scopes[which], expires, ticks <= 0, selectors)
 
     def names_of(self, address: Address) -> list[str]:
         """Return the names that lead to an address."""
@@ -241,10 +243,10 @@ class NameReader:
         return sorted(found, key=lambda one: one["time_ns"]), lost
 
 
-def _since(tick: int, then: int) -> int:
-    """Return ticks since then; both are the lower 32 bits of a clock."""
+def _since(tick: int, then: Any) -> Any:
+    """Return ticks since then (an int or int64[]): the lower 32 bits of a clock that wraps."""
     passed = (tick - then) & 0xFFFFFFFF
-    return passed - (1 << 32) if passed >> 31 else passed
+    return passed - (passed >> 31 << 32)
 
 
 def _text(row: np.void) -> str:

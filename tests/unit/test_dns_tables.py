@@ -24,10 +24,10 @@ from dataplane.policy.chains import (
     naming,
     word,
 )
-from dataplane.tables.names import NameWriter
+from dataplane.tables.names import NameWriter, wire
 from dataplane.tables.names_view import ENDS, NameReader, percentile
 from dataplane.tables.shm import Shm
-from xdp.abi import CONST
+from xdp.abi import CONST, value
 
 ALLOWED = word(False, 0, False, 7)
 RESTRICTED = ALLOWED | NAMES | NAMES_ONLY
@@ -154,3 +154,33 @@ def test_a_deny_takes_the_names_of_its_ports_with_it():
     found = dict(zip(made.codes, made.verdicts, strict=True))
     assert port[0] not in found, "the deny behind it says it"
     assert found[everything(EGRESS)[0]] & 3 == DENY
+
+
+def test_mappings_are_what_a_slow_reading_says(place):
+    shm, _ = place
+    r, count, now = np.random.default_rng(1), 300, 10**12
+    tick = now >> CONST["TICK_SHIFT"]
+    text = np.frombuffer(wire(["a", "example"]) + b"\0", np.uint8)
+    shm.names["hash"][:count] = r.integers(1, 1 << 62, count)
+    shm.names["length"][:count] = len(text)
+    shm.names["text"][:count, : len(text)] = text
+    rows = shm.learned[:count]
+    for k in range(2):
+        rows["names"][:, k] = chosen = r.integers(0, count, count)
+        rows["tags"][:, k] = shm.names["hash"][chosen] >> np.uint64(32) | np.uint64(1)
+        rows["expiry"][:, k] = tick + r.integers(-100, 100, count)
+    rows["tags"][:50, 0] += 2  # of names that are others' by now
+    rows["family"], rows["lo"] = 4, np.arange(count)
+    rows["owner"] = np.where(np.arange(count) == 7, value("RECORD_CLAIMED"), value("RECORD_LIVE"))
+    rows["used"] = np.where(r.random(count) < 0.3, tick - 5, 0)
+    shm.learned_index[:count] = 5
+    wanted = []
+    for number, row in enumerate(rows):
+        for k in range(2):
+            fits = (int(shm.names[row["names"][k]]["hash"]) >> 32 | 1) == int(row["tags"][k])
+            left = int(row["expiry"][k]) - tick
+            if number != 7 and fits and (left > 0 or row["used"]):
+                wanted.append((number, left <= 0))
+    found = list(NameReader(shm, lambda: now).mappings())
+    assert [(int(one.address), one.kept) for one in found] == wanted
+    assert {one.name for one in found} == {"a.example."}
