@@ -62,7 +62,6 @@ def engine():
     made.bpf.close()
 
 
-PORTS, PAYLOAD = (34, 36), 42
 SIZES = st.sampled_from([1, 2, 4, 8])
 
 
@@ -87,8 +86,8 @@ def variables(draw, name: str) -> dict:
 
 
 @st.composite
-def programs(draw, ports_at: int, end: int) -> list[dict]:
-    """Variables, a tuple or none, writes into addresses' hosts, ports and payload, checksums."""
+def programs(draw, ports_at: int, body_at: int, end: int) -> list[dict]:
+    """Variables, a tuple or none, writes into a port and the payload."""
     names = ["a", "b", "c"][: draw(st.integers(1, 3))]
     found = [draw(variables(name)) for name in names]
     if len(names) > 1 and draw(st.booleans()):
@@ -105,14 +104,14 @@ def programs(draw, ports_at: int, end: int) -> list[dict]:
         common = {"name": name, "add_value": draw(st.integers(0, 9)), "is_big_endian": big}
         if draw(st.booleans()):
             width = draw(st.sampled_from([1, 2, 4]))
-            at = draw(st.integers(ports_at + 8, end - width))
+            at = draw(st.integers(body_at, end - width))
             mask = draw(st.integers(0, (1 << 8 * width) - 1))
             one = {"type": "write_mask_flow_var", "pkt_offset": at, "pkt_cast_size": width}
             found.append({**one, **common, "mask": mask, "shift": draw(st.integers(-7, 7))})
         elif sizes[name] == 2 and draw(st.booleans()):
             found.append({"type": "write_flow_var", "pkt_offset": ports_at, **common})
         else:
-            at = draw(st.integers(ports_at + 8, end - sizes[name]))
+            at = draw(st.integers(body_at, end - sizes[name]))
             found.append({"type": "write_flow_var", "pkt_offset": at, **common})
     return found
 
@@ -126,7 +125,8 @@ def streams(draw) -> dict:
     data = bytes(Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / ip / l4 / payload)
     ports_at = 54 if six else 34
     body_at = ports_at + (20 if tcp else 8)
-    program = draw(programs(max(ports_at, body_at - 8), min(len(data) - 3, LIMITS["WRITE_REACH"])))
+    end = min(len(data) - 3, LIMITS["WRITE_REACH"])
+    program = draw(programs(ports_at, body_at, end))
     if draw(st.booleans()):
         l4_type = 13 if tcp else 11
         fix = {"type": "fix_checksum_hw", "l2_len": 14, "l3_len": ports_at - 14, "l4_type": l4_type}
@@ -186,6 +186,16 @@ def test_random_values_stay_within_and_repeat_when_they_are_to(engine):
         assert len(set(found)) > 2
         if kind == "flow_var_rand_limit":
             assert found == found[:4] * 10
+
+
+@pytest.mark.parametrize("lengths", [range(60, 200), range(1500, 1580), range(3330, 3401)])
+def test_every_byte_of_every_length(engine, lengths):
+    for length in lengths:
+        data = bytes(Ether() / IP()) + bytes(1 + n % 251 for n in range(length - 34))
+        stream = plain(type="continuous")
+        stream["packet"]["binary"] = base64.b64encode(data).decode()
+        engine.load(stream)
+        assert engine.frame() == data, length
 
 
 def test_a_variable_is_the_length(engine):

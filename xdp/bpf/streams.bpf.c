@@ -261,11 +261,20 @@ struct last {
   __u32 word;
 } __attribute__((packed));
 
-/* Copy a body into a frame of `length` bytes; 0: it does not fit. */
+/* Copy a body into a frame of `length` bytes: lines, then the last line, which overlaps; 0: it does
+ * not fit. */
 static __always_inline int copy(struct stream_body *b, void *data, void *end, __u32 length)
 {
-  __u32 rest = (length - FRAME_LEAST) & 4095;
+  __u32 rest;
 
+  if (length < LINE) {
+    rest = (length - FRAME_LEAST) & 3;
+    if (data + FRAME_LEAST > end || data + rest + FRAME_LEAST > end)
+      return 0;
+    *(struct last *)data = *(struct last *)b->bytes;
+    *(struct last *)(data + rest) = *(struct last *)(b->bytes + rest);
+    return 1;
+  }
   for (__u32 at = 0; at + LINE <= BODY_BYTES; at += LINE) {
     if (at + LINE > length)
       break;
@@ -273,9 +282,10 @@ static __always_inline int copy(struct stream_body *b, void *data, void *end, __
       return 0;
     *(struct block *)(data + at) = *(struct block *)(b->bytes + at);
   }
-  if (rest > BODY_BYTES - FRAME_LEAST || data + rest + FRAME_LEAST > end)
+  rest = (length - LINE) & 4095;
+  if (rest > BODY_BYTES - LINE || data + rest + LINE > end)
     return 0;
-  *(struct last *)(data + rest) = *(struct last *)(b->bytes + rest);
+  *(struct block *)(data + rest) = *(struct block *)(b->bytes + rest);
   return 1;
 }
 
