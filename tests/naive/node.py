@@ -22,7 +22,7 @@ ROUTES = {
 HERE = {w.ROUTER4: "gateway", w.ROUTER6: "gateway", w.NODE4: "host", w.NODE6: "host"}
 PODS = {w.POD4[w.POD_A]: w.POD_A, w.POD4[w.POD_B]: w.POD_B,
         w.POD6[w.POD_A]: w.POD_A, w.POD6[w.POD_B]: w.POD_B}  # fmt: skip
-REPLIES = (0, 14, 16, 18)  # ICMP types that answer a query
+REPLIES = {1: (0, 14, 16, 18), 58: (129,)}  # ICMP types that answer a query, in either family
 MTU = {"hop": 1500, "tunnel": w.PATH_MTU, "pod": 65000}
 
 
@@ -88,10 +88,10 @@ def from_pod(port: int, frame: bytes, firsts: set) -> tuple[str, int | None] | N
         firsts.add(datagram)
     if is_error(found, frame[14:]):
         return "CT_INVALID", None  # about nothing that is known
-    if four and found["protocol"] == 1:
+    if found["protocol"] in REPLIES:
         if found["later"]:
             return None  # goes the way of its first one
-        if frame[found["l4"]] in REPLIES:
+        if frame[found["l4"]] in REPLIES[found["protocol"]]:
             return "CT_INVALID", None  # nobody has asked
     kind, egress = route(target)
     if kind in ("host", "gateway"):
