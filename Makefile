@@ -10,6 +10,7 @@ ifndef V
 endif
 
 PYTHON ?= python3
+JOBS   ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 VENV   := .venv
 BIN    := $(VENV)/bin
 BUILD  := build
@@ -71,7 +72,7 @@ run: warm ## Two nodes, four pods: ping, curl, iperf3, a service, a policy; a li
 	$(BIN)/python -m bench.demo $(if $(ONCE),--once)
 
 test: $(STAMP_TEST) $(BUILD)/prometheus warm ## The whole suite (root tests run in fresh network namespaces)
-	$(BIN)/python -m pytest tests $(PYTEST)
+	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile $(PYTEST)
 
 test-again: $(STAMP_TEST) $(BUILD)/prometheus warm ## Only the tests that failed last time
 	$(BIN)/python -m pytest tests --last-failed --last-failed-no-failures none $(PYTEST)
