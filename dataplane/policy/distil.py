@@ -254,6 +254,14 @@ class Distiller:
 
     # --- the end of a turn ------------------------------------------------------------------------
 
+    def joining(self, turn: Turn, after: dict[int, Row | None]) -> set[int]:
+        """Return the ports that shall have a row that others have, and that is changed in place."""
+        return {
+            port
+            for port, row in after.items()
+            if row in turn.drafts and row.stands and self.of_port.get(port) is not row
+        }
+
     def finish(self, turn: Turn) -> list[Row]:
         """Make a turn that was written true; return the rows that no pod has any more."""
         touched = set()

@@ -156,9 +156,12 @@ class PolicyEngine:
         changed |= self._publisher.publish(turn, prepared, regrouped, heritage)
         after = turn.now(self.distiller.of_port)
         touched = ports | turn.assign.keys() | turn.closed
-        changed |= self._publisher.publish_subjects(after, self.subjects, touched)
+        late = self.distiller.joining(turn, after)
+        changed |= self._publisher.publish_subjects(after, self.subjects, touched - late)
         emptied = self.distiller.finish(turn)
-        changed |= self._publisher.remove(turn, prepared, emptied)
+        changed |= self._publisher.narrow(prepared)
+        changed |= self._publisher.publish_subjects(after, self.subjects, touched & late)
+        changed |= self._publisher.remove(turn, emptied)
         if heritage is not None:
             rows = {row.number for row in self.distiller.rows.values()}
             mine = set(self.directory.endpoints)
@@ -203,7 +206,8 @@ class PolicyEngine:
         prepared = self._publisher.prepare(turn)
         changed = self._publisher.publish(turn, prepared, regrouped, None)
         self.distiller.finish(turn)
-        self._publisher.remove(turn, prepared, ())
+        self._publisher.narrow(prepared)
+        self._publisher.remove(turn, ())
         return changed
 
     def _set_host(self, before: int | None, port: int | None) -> bool:

@@ -5,9 +5,9 @@ Rule: at every moment a packet meets the old policy, the new one, or a stricter 
 Theory. The order of a turn: entries (denies, then allows), rows of peers and their groups,
 addresses (longer prefixes first, so that an exception is there before its block), what policy rows
 say of the rest, subjects; then what nobody points to any more goes: addresses (shorter prefixes
-first), entries, rows. Each kind of peer has a row; its group changes in place by one word, so that
-a group of ten thousand pods moves with one store. What did not fit is told and tried again in the
-next turn.
+first), entries, rows. Who joins a row that is changed in place comes when its old entries have
+gone. Each kind of peer has a row; its group changes in place by one word, so that a group of ten
+thousand pods moves with one store. What did not fit is told and tried again in the next turn.
 """
 
 from collections.abc import Iterable
@@ -162,10 +162,17 @@ class Publisher:
             changed |= self._writer.set_subject(port, holder.number if holder else 0, policy)
         return changed
 
-    def remove(self, turn: Turn, prepared: Prepared, emptied: Iterable[Row]) -> bool:
-        """Take away what a published turn has left behind."""
+    def narrow(self, prepared: Prepared) -> bool:
+        """Take away what rows that were changed in place have no more."""
+        if prepared.gone:
+            columns = np.array(prepared.gone, np.uint64)
+            self._writer.entries.delete(columns[:, 0].copy(), columns[:, 1].copy())
+        return bool(prepared.gone)
+
+    def remove(self, turn: Turn, emptied: Iterable[Row]) -> bool:
+        """Take away the rows that nobody has any more."""
         writer = self._writer
-        gone = prepared.gone
+        gone: list[tuple[int, int]] = []
         for row in emptied:
             for (_, group), made in row.chains.items():
                 base = row.number << 48 | (group.number if group else 0) << 16
