@@ -99,7 +99,9 @@ def test_a_profile_of_a_busy_node(penstock, tmp_path):
         assert row["system_calls"]["kicks"] > 0
     assert found["hardware"]["note"] or found["hardware"]["counts"]["cycles"]
     names = {title.text.split(":")[0] for title in ET.parse(graph).iter() if title.text}
-    assert "worker 0" in names
+    assert "all" in names
+    if row["packets"] > RATE / 2:  # else the flow table had them, and the worker no width
+        assert "worker 0" in names
     if shutil.which("perf"):
         assert not found["flame"]["note"], found["flame"]
         assert found["flame"]["samples"] > 100
