@@ -225,10 +225,14 @@ def test_a_virtual_address_answers_pings_and_refuses_the_rest(told, f):
     assert result.reason == value("REASON_ANSWERED_ECHO")
     got = inside(result).payload
     assert (got.src, got.dst, got.payload.id) == (str(vip), str(A[f]), 77)
+    other = 13 if f == 4 else 139  # another question than an echo's
     for frame in (sg.tcp(sg.Ends(A[f], 1, vip, 81)), sg.udp(sg.Ends(A[f], 1, vip, 80)),
-                  sg.echo(sg.Ends(A[f], 0, vip, 9), reply=True)):  # fmt: skip
+                  sg.error(sg.Ends(A[f], 0, vip, 0), other, 0, b"who")):  # fmt: skip
         result = send(world, frame)
         assert (result.reason, result.egress) == (value("REASON_NO_BACKEND"), POD_A)
+    result = send(world, sg.echo(sg.Ends(A[f], 0, vip, 9), reply=True))  # nobody has asked
+    assert result.dropped
+    assert result.reason == value("REASON_CT_INVALID")
     assert backend_of(world, sg.tcp(sg.Ends(A[f], 1, vip, 80))) == str(FAR[f])
 
 
