@@ -19,10 +19,10 @@ export PYTHONPATH := $(CURDIR)
 
 # Debian packages, by what needs them.
 PACKAGES_RUN   := clang llvm gcc libc6-dev libbpf-dev libelf-dev zlib1g-dev linux-libc-dev \
-                  python3 python3-venv python3-dev iproute2 ethtool iputils-ping curl iperf3 procps ca-certificates libpcap0.8
+                  python3 python3-venv python3-dev iproute2 ethtool iputils-ping curl iperf3 procps ca-certificates libpcap0.8 \
+                  dnsmasq-base bind9-dnsutils dnsperf
 PACKAGES_TEST  := tshark chromium-headless-shell podman containerd runc containernetworking-plugins busybox-static tcpdump nftables \
-                  iputils-arping ndisc6 util-linux git openssl shellcheck dnsmasq-base bind9-dnsutils \
-                  unbound dnsperf
+                  iputils-arping ndisc6 util-linux git openssl shellcheck unbound
 PACKAGES_BENCH := dpdk-dev librte-net-af-xdp23 librte-net-af-packet23 nftables dnsperf dnsmasq-base \
                   libunbound8 libxdp1 libcap-ng0 libnuma1 linux-perf
 # Chromium is 100 MB to fetch: the only judge of the web page that is not ours.

@@ -140,7 +140,7 @@ def check(places: list[Place], progress: Progress) -> list[Pair]:
 
 def follow(told: story.Story, progress: Progress) -> None:
     """Tell the story; its service stays, its policy is lifted at the end."""
-    task = progress.add_task("service, policy, explanation", total=told.length)
+    task = progress.add_task("service, policy, names", total=told.length)
     for _ in told.tell():
         progress.update(task, advance=1)
 

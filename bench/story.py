@@ -1,4 +1,4 @@
-"""What `make run` shows of services and policies: a story of a few steps, with real programs.
+"""What `make run` shows of services, policies and names: a story of a few steps.
 
 Rule: a step says what is done, what is wanted and what was seen; it passes when these agree.
 
@@ -20,6 +20,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from bench import names
 from bench.lab import LabError, eventually
 from bench.penstock import Cluster, Pod
 
@@ -76,7 +77,7 @@ class Step:
 class Story:
     """The shop of a cluster with two nodes of two pods each."""
 
-    length = 10  # steps
+    length = 18  # steps
 
     def __init__(self, cluster: Cluster) -> None:
         """Label the pods; nothing else is changed yet."""
@@ -84,7 +85,7 @@ class Story:
         (web1, self.client), (web2, self.stranger) = (node.pods for node in cluster.nodes)
         self.web = (web1, web2)
         self.steps: list[Step] = []
-        self.explained = ""
+        self.explained = self.refused = ""
         for pod in self.web:
             pod.announce({"app": "web"})
         self.client.announce({"role": "client"})
@@ -92,7 +93,7 @@ class Story:
 
     def tell(self) -> Iterator[Step]:
         """Go through the story, step by step; the policy is lifted at its end."""
-        for chapter in (self.service, self.policy, self.explanation):
+        for chapter in (self.service, self.policy, self.explanation, self.names):
             for step in chapter():
                 self.steps.append(step)
                 yield step
@@ -107,7 +108,7 @@ class Story:
     def show(self) -> RenderableType:
         """The steps as a table, and the explanation below it."""
         found = Table(
-            title="a service, a policy, a denied packet explained",
+            title="a service, a policy, a denied packet explained, a pod that may reach one name",
             title_justify="left",
             box=SIMPLE_HEAD,
         )
@@ -118,7 +119,10 @@ class Story:
             found.add_row(*map(Text, (step.what, step.command, step.seen)), result)
         title = "penstock policy why"
         panel = Panel(Text(self.explained), title=title, title_align="left", box=ROUNDED)
-        return Group(found, panel)
+        refused = Panel(
+            Text(self.refused), title="penstock fqdn why", title_align="left", box=ROUNDED
+        )
+        return Group(found, panel, refused)
 
     def service(self) -> Iterator[Step]:
         """A ClusterIP in both families."""
@@ -160,6 +164,16 @@ class Story:
         ]
         seen = drops[0]["reason"] if drops else "no such drop"
         yield Step("dropped flow", "penstock flows", "Policy denied", seen)
+
+    def names(self) -> Iterator[Step]:
+        """A pod that may reach one name; the agent dies meanwhile."""
+        there = names.Names(self.cluster)
+        try:
+            for step in names.chapter(there):
+                yield Step(*step)
+            self.refused = there.why()
+        finally:
+            there.close()
 
     def _fetch(self, pod: Pod, wanted: str, what: str) -> Iterator[Step]:
         for family, address in ADDRESSES.items():

@@ -37,6 +37,6 @@ def test_a_step_that_went_wrong_is_told():
         story.Step("a", "curl x", "answered", "no answer"),
         story.Step("b", "c", "d", "d"),
     ]
-    told.explained = ""
+    told.explained = told.refused = ""
     assert told.errors() == ["curl x: wanted answered, seen no answer"]
     assert "failed" in printed(told)

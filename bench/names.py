@@ -1,0 +1,192 @@
+"""The story's chapter of names: a pod may reach myblobstorage.com, by its DNS, and nothing else.
+
+Rule: real programs only: dnsmasq is kube-dns, curl and dig ask, dnsperf does while the agent dies.
+
+Theory. The store is outside the cluster: an address that is on the second node's loopback device
+and that no object knows. Its name is an alias, as names of object stores are. The pod's policy has
+the name and kube-dns; all else is refused where it is asked for, or denied on its way.
+"""
+
+import contextlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench import checks
+from bench.lab import LabError, eventually
+from bench.penstock import Cluster, Node, Pod, PodSpec
+
+NAME, OTHER_NAME = "myblobstorage.com", "example.org"
+STORE = {4: "11.2.0.1", 6: "2001:db8:2::1"}
+OTHER = {4: "11.2.0.9", 6: "2001:db8:2::9"}
+DNS = {4: "10.96.0.53", 6: "fd00:96::53"}
+QUERIES = 2000  # a second
+LOAD_S = 6
+SECONDS = 2
+
+SERVICE = """
+apiVersion: v1
+kind: Service
+metadata: {name: kube-dns, namespace: kube-system}
+spec:
+  type: ClusterIP
+  clusterIP: 10.96.0.53
+  clusterIPs: [10.96.0.53, "fd00:96::53"]
+  ipFamilies: [IPv4, IPv6]
+  ports:
+  - {name: dns, port: 53, targetPort: 53, protocol: UDP}
+  - {name: dns-tcp, port: 53, targetPort: 53, protocol: TCP}
+"""
+SLICE = """
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {namespace: kube-system, labels: {kubernetes.io/service-name: kube-dns}}
+ports: [{name: dns, port: 53, protocol: UDP}, {name: dns-tcp, port: 53, protocol: TCP}]
+"""
+POLICY = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: genai, namespace: default}
+spec:
+  endpointSelector: {matchLabels: {app: genai_backend}}
+  egress:
+  - toFQDNs: [{matchName: myblobstorage.com}]
+  - toEndpoints:
+    - matchLabels: {"k8s:io.kubernetes.pod.namespace": kube-system, k8s-app: kube-dns}
+    toPorts:
+    - ports: [{port: "53", protocol: ANY}]
+      rules: {dns: [{matchName: myblobstorage.com}]}
+"""
+
+
+class Names:
+    """The pod, its DNS, and the world of the chapter."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        """Make pods, resolver, store and policy; LabError when one of them does not come."""
+        self.cluster = cluster
+        self.node, world = cluster.nodes
+        for family, bits in ((4, 32), (6, 128)):
+            for address in (STORE[family], OTHER[family]):
+                world.namespace.ip(f"addr add {address}/{bits} dev lo")
+                way = f"via {world.addresses[family]} dev eth0"
+                self.node.namespace.ip(f"route add {address}/{bits} {way}")
+        checks.serve(world.namespace)
+        self.pod = self.node.pod("genai", PodSpec(labels={"app": "genai_backend"}))
+        self._resolve(world)
+        cluster.apply("genai", yaml.safe_load(POLICY))
+        self.files = self._resolv_conf()
+
+    def _resolve(self, node: Node) -> None:
+        pod = node.pod("dns", PodSpec("kube-system", {"k8s-app": "kube-dns"}))
+        records = [f"--cname={NAME},store.cdn.test", f"--host-record=store.cdn.test,{_both(STORE)}"]
+        options = ["--keep-in-foreground", "--no-resolv", "--no-hosts", "--user=root"]
+        pod.namespace.spawn(
+            "dnsmasq", *options, *records, f"--host-record={OTHER_NAME},{_both(OTHER)}"
+        )
+        objects = [yaml.safe_load(SERVICE)]
+        for family in DNS:
+            one: dict[str, Any] = yaml.safe_load(SLICE)
+            one["metadata"]["name"] = f"kube-dns-v{family}"
+            one["addressType"] = f"IPv{family}"
+            one["endpoints"] = [{"addresses": [pod.addresses[family]], "nodeName": node.name}]
+            objects.append(one)
+        self.cluster.apply("kube-dns", *objects)
+
+    def _resolv_conf(self) -> Path:
+        """What `ip netns exec` puts in the place of /etc/resolv.conf."""
+        folder = Path("/etc/netns") / self.pod.namespace.name
+        folder.mkdir(parents=True)
+        lines = [f"nameserver {address}" for address in DNS.values()]
+        (folder / "resolv.conf").write_text("\n".join([*lines, "options timeout:2", ""]))
+        return folder
+
+    def close(self) -> None:
+        """Lift the policy, remove the file."""
+        self.cluster.remove("genai")
+        shutil.rmtree(self.files)
+        with contextlib.suppress(OSError):  # others are there as well
+            self.files.parent.rmdir()
+
+    # --- what is tried ----------------------------------------------------------------------------
+
+    def curl(self, pod: Pod, target: str, family: int) -> str:
+        """Return "answered", "no answer", or what curl says."""
+        url = f"http://{f'[{target}]' if ':' in target else target}:{checks.HTTP_PORT}/"
+        words = ["curl", "-sS", "-g", f"-{family}", "-o", "/dev/null", "-m", str(SECONDS)]
+        done = _run(pod.namespace.wrap([*words, "-w", "%{http_code}", url]))
+        if done.returncode == 28:
+            return "no answer"
+        return "answered" if done.stdout == "200" else f"{done.stdout} {done.stderr}".strip()
+
+    def dig(self, name: str, kind: str) -> str:
+        """Return the status of kube-dns' answer."""
+        words = ["dig", f"@{DNS[4]}", "+time=2", "+tries=2", "+noall", "+comments", name, kind]
+        found = re.search(r"status: (\w+)", _run(self.pod.namespace.wrap(words)).stdout)
+        return found[1] if found else "no answer"
+
+    def why(self) -> str:
+        """Return what the product says of the name that is refused."""
+        words = self.node.words("fqdn", "why", OTHER_NAME, "--pod", "default/genai")
+        done = _run(self.node.namespace.wrap(words))
+        return f"{done.stdout}{done.stderr}".strip()
+
+    def load(self) -> str:
+        """Ask all the time while the agent is killed; return how many queries were lost."""
+        queries = self.node.folder / "queries"
+        queries.write_text(f"{NAME} A\n{NAME} AAAA\n" * 50)
+        words = ["dnsperf", "-s", DNS[4], "-d", str(queries), "-Q", str(QUERIES), "-l", str(LOAD_S)]
+        asking = subprocess.Popen(
+            self.pod.namespace.wrap(words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )  # fmt: skip
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            asking.wait(LOAD_S / 3)
+        killed = self.node.kill_agent()
+        said, _ = asking.communicate(timeout=60)
+        eventually(lambda: self.node.pid("agent") not in (0, killed), "another agent", 30)
+        sent = re.search(r"Queries sent:\s+(\d+)", said)
+        lost = re.search(r"Queries lost:\s+(\d+)", said)
+        refused = re.search(r"Response codes:\s+NOERROR \d+ \(100\.00%\)", said)
+        if not sent or not lost or int(sent[1]) < QUERIES:
+            return said.strip()[-200:]
+        return "none lost" if lost[1] == "0" and refused else f"{lost[1]} of {sent[1]} lost"
+
+
+def chapter(names: Names) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (what, command, wanted, seen) of each step."""
+    who = f"{names.pod.name}$"
+    for family, kind in ((4, "A"), (6, "AAAA")):
+        fetch = partial(names.curl, names.pod, NAME, family)
+        seen = _until(fetch, "answered")
+        yield f"by its name, IPv{family}", f"{who} curl {NAME}", "answered", seen
+        seen = _until(partial(names.dig, OTHER_NAME, kind), "REFUSED")
+        yield "another name", f"{who} dig {OTHER_NAME} {kind}", "REFUSED", seen
+        seen = names.curl(names.pod, OTHER[family], family)
+        yield "another address", f"{who} curl {OTHER[family]}", "no answer", seen
+    said = names.why()
+    seen = "may not ask" if f"the pod may not ask for {OTHER_NAME}" in said else said
+    yield "why refused", f"penstock fqdn why {OTHER_NAME}", "may not ask", seen
+    command = f"{who} dnsperf -Q {QUERIES}; kill -9 AGENT"
+    yield "the agent dies under load", command, "none lost", names.load()
+
+
+def _until(look: Any, wanted: str) -> str:
+    try:
+        return str(eventually(lambda: look() == wanted and wanted, wanted, 15))
+    except LabError:
+        return str(look())
+
+
+def _both(addresses: dict[int, str]) -> str:
+    return ",".join(addresses.values())
+
+
+def _run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
