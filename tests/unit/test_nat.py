@@ -317,9 +317,10 @@ def test_a_client_outside_and_a_backend_on_the_nodes_own_network(told, f):
 def test_the_flags_of_a_record_say_what_was_done(told):
     world = told()
     stories = {
-        (A[4], 1000, B[4], 53): set(),
-        (A[4], 1000, OUT[4], 53): {"NAT_SOURCE", "PORT_TAKEN"},
-        (A[4], 1000, VIPS[4][5], 53): {"NAT_TARGET"},
+        (A[4], 1000, B[4], 54): set(),
+        (A[4], 1000, B[4], 53): {"DNS"},
+        (A[4], 1000, OUT[4], 53): {"NAT_SOURCE", "PORT_TAKEN", "DNS"},
+        (A[4], 1000, VIPS[4][5], 53): {"NAT_TARGET", "DNS"},
         (OUT[4], 1000, B[4], 53): {"OUTSIDE"},
     }
     for ends, flags in stories.items():
