@@ -31,7 +31,7 @@ class Claim(BaseModel):
     what: str
     scenario: str = Field("", description="empty: every scenario")
     place: str = Field("", description="part of the place")
-    case: str = Field("", description="part of the case: whole words")
+    case: str = Field("", description="part of the case: whole words; =TEXT: all of it")
     quantity: str = Field("", description="empty: the case's main one")
     ours: str = OURS
     beside: str = ""
@@ -88,6 +88,8 @@ def _pairs(claim: Claim, whole: dict[str, Any]) -> Iterator[tuple[str, dict, dic
 
 def _holds(label: str, part: str) -> bool:
     """Whether a label has this part as whole words: "1,000 flows" is not in "11,000 flows"."""
+    if part.startswith("="):
+        return label == part[1:]
     return not part or f" {part}" in f" {label}"
 
 
