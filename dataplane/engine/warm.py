@@ -5,10 +5,12 @@ after this compiles nothing.
 
 Theory. numba compiles a function once for each set of argument types. The types are those of
 shared memory (read-only or not does not matter here: the arrays are mapped alike), so warming runs
-on small mapped files. `process` and `tally` are the loop's stages without rings, for tests, the
-fuzzer and the engine benchmark.
+on small mapped files. A second process compiles what the first does not need; the worker's loop,
+which is made of all of them, comes last. `process`, the stages without rings, is for tests, which
+compile it when they first call it.
 """
 
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+SECOND = "--second"  # argument of the second process
 
-def _jobs() -> list[tuple[str, Callable[[], object]]]:
+
+def _jobs(second: bool) -> list[tuple[str, Callable[[], object]]]:
     from dataplane.engine import loop
     from dataplane.engine.conntrack import NAT_PORTS, Conntrack
     from dataplane.engine.judge import Judge
@@ -49,16 +53,31 @@ def _jobs() -> list[tuple[str, Callable[[], object]]]:
         ("and its counters", lambda: harvest(tables, counters, flows, 0, 0)),
         ("and its generation", lambda: renew(flows)),
     ]
-    return [
-        *kernels,
-        ("the worker's loop", lambda: loop.run(*worker.arguments)),
+    beside = [
+        ("the stage of names", lambda: loop.names(batch, tables, worker.tracker, counters)),
+        ("route", lambda: loop.route(batch, tables)),
+        ("judge", lambda: loop.judge(batch, tables)),
+        ("forward", lambda: loop.forward(batch, tables)),
         ("the counters", lambda: loop.tally(batch, tables, counters)),
         ("connections' time-outs", conntrack.sweep),
         ("and flush", conntrack.compile),
         ("names", names.compile),
         ("names over TCP", Judge(shm).compile),
+    ]
+    if second:
+        return [*beside, ("the scratch files away", scratch.cleanup)]
+    other = subprocess.Popen([sys.executable, "-m", "dataplane.engine.warm", SECOND])
+    return [
+        *kernels,
+        ("names, beside them", lambda: _finish(other)),
+        ("the worker's loop", lambda: loop.run(*worker.arguments)),
         ("the scratch files away", scratch.cleanup),
     ]
+
+
+def _finish(other: subprocess.Popen[bytes]) -> None:
+    if other.wait():
+        raise SystemExit("compiling the kernels failed: see above")
 
 
 def main() -> int:
@@ -71,14 +90,19 @@ def main() -> int:
         return 0
     cache.collect()
     start = time.monotonic()
-    print("compiling the vector kernels for this CPU (once per version)", file=sys.stderr)
-    jobs = _jobs()
+    second = SECOND in sys.argv
+    if not second:
+        print("compiling the vector kernels for this CPU (once per version)", file=sys.stderr)
+    jobs = _jobs(second)
     for number, (name, job) in enumerate(jobs, 1):
         job()
+        if second:
+            continue
         filled = "#" * (24 * number // len(jobs))
         passed = time.monotonic() - start
         print(f"  [{filled:<24}] {passed:5.1f} s  {name}", file=sys.stderr, flush=True)
-    stamp.touch()
+    if not second:
+        stamp.touch()
     return 0
 
 
