@@ -82,21 +82,27 @@ class FlowTable:
 
     def start(self, on: bool) -> None:
         """Open the empty table, or leave it off."""
-        row, node = self._steering[0], self._shm.node[0]
+        row = self._steering[0]
         self._shm.clear("flow_seen")
         row["flow_seed"] = secrets.randbits(64)
         row["flow_mask"] = self.slots // WAYS - 1
+        self._say_tunnel()
+        row["flow_abi"] = CONST["ABI_VERSION"]
+        row["flow_generation"] = int(on)
+
+    def _say_tunnel(self) -> None:
+        """Say which tunnel packets are ours; the configuration may differ from a predecessor's."""
+        row, node = self._steering[0], self._shm.node[0]
         row["flow_any_vni"] = bool(int(node["flags"]) & CONST["NODE_IDENTITY_VNI"])
         row["flow_vni"] = int(node["vni"])
         row["flow_tunnel"] = int(node["tunnel_kind"])
-        row["flow_abi"] = CONST["ABI_VERSION"]
-        row["flow_generation"] = int(on)
 
     def take_up(self, records: int) -> None:
         """Go on with a predecessor's table. records: connections that the forwarder will know.
 
         What it was writing when it ended, and entries of connections that are no more, go.
         """
+        self._say_tunnel()
         seen, connections = self._shm.flow_seen[: self.slots], self._shm.connections
         number = np.minimum(seen["record"], records - 1)
         slot = np.where(
