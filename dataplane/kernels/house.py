@@ -7,12 +7,12 @@ log or read a clock. `_nrt=False` takes numba's reference counting away: countin
 NamedTuple at every call of a helper cost 1.4 us a packet (decision 1). `inline` functions are
 inlined by LLVM (alwaysinline), so a helper may take the whole Batch or Tables at no cost. `outline`
 functions are called: they take numbers only (a tuple of arrays would be copied at each call), and
-keep what is rare out of the way of what is not.
+keep what is rare out of the way of what is not. Neither can be called from Python (compiler.py).
 Arithmetic is kept in int64: numba promotes uint64 + int64 to float64, so uint64 is used for
 address halves and hashes only, and only with other uint64.
 
-numba is imported here and nowhere else: it reads the cache folder's name when it is imported, so
-`cache.settle` must run first.
+numba is imported here, in rows.py and compiler.py, and nowhere else: it reads the cache folder's
+name when it is imported, so `cache.settle` must run first.
 
 Loads from packets are unaligned and big-endian; all go through here. Addresses of memory are plain
 int64 numbers (Umem.address + offset), which keeps array descriptors out of the loops.
@@ -27,7 +27,16 @@ from numba import njit, types  # noqa: E402
 from numba.core import cgutils  # noqa: E402
 from numba.extending import intrinsic  # noqa: E402
 
-_OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy", "_nrt": False}
+from dataplane.kernels.compiler import HelperCompiler  # noqa: E402
+
+_OPTIONS = {
+    "nogil": True,
+    "boundscheck": False,
+    "error_model": "numpy",
+    "_nrt": False,
+    "no_cfunc_wrapper": True,  # an entry for C: nobody uses it
+}
+_HELPER = {**_OPTIONS, "no_cpython_wrapper": True, "pipeline_class": HelperCompiler}
 
 
 def kernel(function):
@@ -37,12 +46,12 @@ def kernel(function):
 
 def inline(function):
     """Compile a helper of kernels; LLVM inlines it into each caller."""
-    return njit(forceinline=True, **_OPTIONS)(function)
+    return njit(forceinline=True, **_HELPER)(function)
 
 
 def outline(function):
     """Compile a helper that is called, not inlined; arguments are numbers."""
-    return njit(**_OPTIONS)(function)
+    return njit(**_HELPER)(function)
 
 
 def _load(bits: int, swap: bool):

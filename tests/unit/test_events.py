@@ -6,8 +6,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from dataplane.engine import loop
-from dataplane.kernels.drops import PENDING
+from dataplane.kernels.drops import PENDING, tell_drops
+from dataplane.kernels.house import kernel
 from dataplane.tables.events import EventReader
 from tests import records
 from tests import segments as sg
@@ -21,6 +21,11 @@ BY_FAMILY = pytest.mark.parametrize("f", FAMILIES)
 OPEN = Setting(peers=PEERS, services=SERVICES, masquerade=True)
 KINDS = {number: name.removeprefix("EVENT_") for name, number in ENUM["flow_event"].items()}
 DROPS = 130
+
+
+@kernel
+def told_at_once(counters):
+    tell_drops(counters)
 
 
 @pytest.fixture(scope="module")
@@ -288,10 +293,10 @@ def test_a_worker_that_stops_tells_what_it_gathered(world, agent):
     reader = EventReader(world.shm, 0)
     world.run([(POD_A, sg.udp(sg.Ends(A[4], 1000, B[4], 53)))] * 50)
     world.tally()
-    loop.tell_drops(world.counters)
+    told_at_once(world.counters)
     rows = np.concatenate([batch.records for batch in reader.read(100)])
     assert rows["packets"].tolist() == [1, 49]
-    loop.tell_drops(world.counters)
+    told_at_once(world.counters)
     assert not reader.read(100)
 
 

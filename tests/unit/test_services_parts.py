@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataplane.kernels.house import kernel
 from dataplane.kernels.service import slot_of
 from dataplane.tables import frontends as frontends_table
 from dataplane.tables.adjacencies import REST_S
@@ -18,6 +19,11 @@ from tests.services_world import Clock
 from xdp.abi import CONST, DTYPE, value
 
 MASK64 = (1 << 64) - 1
+
+
+@kernel
+def compiled_slot(hi, lo, port, protocol):
+    return slot_of(hi, lo, port, protocol)
 
 
 def words(*numbers: int) -> np.ndarray:
@@ -172,7 +178,7 @@ KEYS = st.tuples(
 @given(KEYS)
 def test_kernel_writer_and_twin_agree_on_the_slot(key):
     hi, lo, port, protocol = key
-    assert int(slot_of(np.uint64(hi), np.uint64(lo), port, protocol)) == slot(key)
+    assert int(compiled_slot(np.uint64(hi), np.uint64(lo), port, protocol)) == slot(key)
     assert naive.mix(*key) % naive.SLOTS == slot(key)
 
 
