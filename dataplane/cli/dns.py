@@ -3,17 +3,17 @@
 Rule: everything is read from shared memory; it works while the agent and the forwarder are down.
 
 Theory. Counters and events are of every pod, with rules or without. `top` answers "who asks what",
-`slow` "who waits and for whom", `fqdn why` "why can this pod not reach that name". Numbers of
-endpoints become names by the records of the pods attached here.
+`slow` "who waits and for whom"; "why can this pod not reach that name" is answered in name_why.py.
+Numbers of endpoints become names by the records of the pods attached here.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from dataplane.cli.common import ListGroup, config_option, output_option, show
+from dataplane.cli.name_why import why
 
 NAME_COLUMNS = ("name", "queries", "answers", "refused", "failures", "missing", "latency_ms")
 POD_COLUMNS = (
@@ -167,46 +167,4 @@ def list_names(config: Any, path: Path | None, everything: bool, output: str) ->
     show(rows, output, MAPPING_COLUMNS)
 
 
-@fqdn.command()
-@click.argument("name")
-@click.option("--pod", default="", help="NAMESPACE/POD: what stands in its way.")
-@config_option
-@output_option
-def why(config: Any, path: Path | None, name: str, pod: str, output: str) -> None:
-    """What is known of NAME, and why a pod cannot reach it. Exit status 1: there is a reason."""
-    from dataplane.daemon.engines import RULES
-    from dataplane.policy.name_why import why as explain
-    from dataplane.tables import view
-    from dataplane.tables.shm import Shm
-
-    port = None
-    shm = Shm.open(config.run_dir)
-    if pod:
-        number = {known: end for end, known in _pods(config).items()}.get(pod)
-        port = next((row["index"] for row in view.ports(shm) if row["endpoint"] == number), None)
-        if number is None or port is None:
-            click.echo(f"no pod {pod} on this node: `penstock endpoint list` shows all", err=True)
-            sys.exit(2)
-    found = explain(shm, shm.folder / RULES, name, port)
-    if output == "json":
-        show(found, output)
-    else:
-        _print(found, pod)
-    sys.exit(1 if found["reasons"] else 0)
-
-
-def _print(found: dict[str, Any], pod: str) -> None:
-    click.echo(f"{found['name']} fits {', '.join(found['patterns']) or 'no pattern of a policy'}")
-    for one in found["addresses"]:
-        left = "kept by a connection" if one["kept"] else f"for {one['expires_s']} s"
-        click.echo(f"  leads to {one['address']}, {left}")
-    counted = found["counted"]
-    if counted:
-        words = ("queries", "answers", "refused", "failures", "missing")
-        click.echo("  " + ", ".join(f"{counted[word]} {word}" for word in words))
-    for one in found["events"]:
-        click.echo(f"  {one['kind']} {one['type']} {one['rcode']} {one['client']} {one['server']}")
-    if pod and found["pod"]["ports"]:
-        click.echo(f"  {pod} may reach it at {', '.join(found['pod']['ports'])}")
-    for reason in found["reasons"]:
-        click.echo(f"  WHY NOT: {reason}")
+fqdn.add_command(why)

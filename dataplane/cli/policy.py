@@ -141,7 +141,7 @@ def _said(verdict: dict[str, Any]) -> str:
 # --- why and lint ---------------------------------------------------------------------------------
 
 
-def _explainer(config: Any, folder: Path | None, whole: bool = False) -> Any:
+def explainer(config: Any, folder: Path | None, whole: bool = False) -> Any:
     """Read manifests here. whole: a refused one is told, not only skipped."""
     from dataplane.control.folder import FolderSource
     from dataplane.policy.explain import Explainer
@@ -165,7 +165,17 @@ def _explainer(config: Any, folder: Path | None, whole: bool = False) -> Any:
     )
     options = PolicyOptions(config.policy.enforcement, config.policy.cidr_match)
     view = LocalView(config.node.name, endpoints=local, clusters=tuple(config.network.clusters))
-    return Explainer(objects, options, view), bool(source.errors)
+    return Explainer(objects, options, view, _names(config, folder)), bool(source.errors)
+
+
+def _names(config: Any, folder: Path | None) -> Any:
+    """Where DNS names lead on this node; None without its tables, and for another's manifests."""
+    from dataplane.tables.names_view import NameReader
+    from dataplane.tables.shm import LAYOUT, Shm
+
+    if folder or not (config.run_dir / "shm" / LAYOUT).exists():
+        return None
+    return NameReader(Shm.open(config.run_dir))
 
 
 policy.add_command(try_)
@@ -223,8 +233,8 @@ def _ask_why(
             if "unknown operation" not in str(error):
                 raise
             click.echo(f"the agent is an older one: judging {config.source.folder}", err=True)
-    explainer, _ = _explainer(config, manifests)
-    return Why(explainer).answer(question(source, target, port))
+    explain, _ = explainer(config, manifests)
+    return Why(explain).answer(question(source, target, port))
 
 
 def _add_in_force(config: Any, answer: dict[str, Any]) -> None:
@@ -295,8 +305,8 @@ def lint(config: Any, path: Path | None, folder: Path | None, output: str) -> No
     """
     from dataplane.policy.lint import Linter
 
-    explainer, refused = _explainer(config, folder, whole=True)
-    rows = [one.plain() for one in Linter(explainer).findings()]
+    explain, refused = explainer(config, folder, whole=True)
+    rows = [one.plain() for one in Linter(explain).findings()]
     if output == "json":
         show(rows, output)
     else:

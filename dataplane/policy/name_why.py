@@ -4,10 +4,12 @@ Rule: shared memory decides, as it does for packets; what is said is what a pers
 
 Theory. A connection by name needs four things in turn: the pod may ask for the name (rules.dns), a
 server answers, the answer's addresses are known and not stale, a rule toFQDNs allows the port. Each
-is looked at, and the first that is missing is the reason. Works without the agent.
+is looked at, and the first that is missing is the reason. What comes after the name (services, the
+other side's policy, the way there) is looked at in reach.py. Works without the agent.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,23 @@ from dataplane.tables.shm import Shm
 from dataplane.tables.verdicts import Entry
 from xdp.abi import CONST
 
-EVENTS_SHOWN = 5
 NAMES_ONLY = CONST["POLICY_NAMES_ONLY"]
 NAMES = CONST["POLICY_NAMES"]
 
 
+@dataclass(frozen=True)
+class Reason:
+    """Why not, in a word (refused, unanswered, stale, policy, backend, mtu, ...) and in a line."""
+
+    code: str
+    text: str
+
+
 def why(shm: Shm, rules_file: Path, name: str, port: int | None = None) -> dict[str, Any]:
-    """Return what is known of a name; port: index of a pod's port, to be told what it may do."""
+    """Return what is known of a name; port: index of a pod's port, to be told what it may do.
+
+    `events` are the pod's, all that the rings hold; `reasons` are Reasons, the first one first.
+    """
     reader, view = NameReader(shm), View(shm, rules_file)
     spelled = name.lower().rstrip(".") + "."
     fits = {
@@ -51,36 +63,40 @@ def why(shm: Shm, rules_file: Path, name: str, port: int | None = None) -> dict[
         "patterns": sorted(fits.values()),
         "addresses": addresses,
         "counted": reader.name(spelled) or {},
-        "events": events[-EVENTS_SHOWN:],
+        "events": events,
     }
     reasons = _of_node(found)
     if port is not None:
         found["pod"] = _of_pod(view, fits, port)
-        reasons = _refusals(found["pod"], spelled) + reasons
-        if not reasons and not found["pod"]["ports"] and found["pod"]["isolated"]:
-            reasons = [f"no rule toFQDNs of the pod's policies fits {spelled}: add one"]
+        reasons = _refusals(found["pod"], spelled[:-1]) + reasons
     found["reasons"] = reasons
     return found
 
 
-def _of_node(found: dict[str, Any]) -> list[str]:
+def _of_node(found: dict[str, Any]) -> list[Reason]:
     """Say why the name leads nowhere on this node."""
     if found["addresses"]:
         return []
     counted, last = found["counted"], (found["events"] or [None])[-1]
     if not counted.get("queries"):
-        return ["no pod of this node has asked for it lately: nothing is known of where it leads"]
+        text = "no pod of this node has asked for it lately: nothing is known of where it leads"
+        return [Reason("unasked", text)]
     if last is not None and last["kind"] == "missing":
-        return [f"{last['server']} does not answer: look at that server and the way to it"]
+        text = f"{last['server']} does not answer: look at that server and the way to it"
+        return [Reason("unanswered", text)]
     if last is not None and last["kind"] == "answer" and last["rcode"] != "NOERROR":
-        return [f"{last['server']} says {last['rcode']}"]
+        return [Reason("answer", f"{last['server']} says {last['rcode']}")]
     if not counted["answers"]:
-        return ["no server has answered a query for it"]
+        return [Reason("unanswered", "no server has answered a query for it")]
     if last is not None and last["kind"] == "answer" and not last["address_count"]:
-        return [f"{last['server']} knows the name, but no address of type {last['type']}"]
+        text = f"{last['server']} knows the name, but no address of type {last['type']}"
+        return [Reason("answer", text)]
     return [
-        "its addresses are stale (TTL and dns.grace_s are over, no connection uses them), or were "
-        "asked for by pods without rules.dns, which teach nothing: ask again"
+        Reason(
+            "stale",
+            "its addresses are stale (TTL and dns.grace_s are over, no connection uses them), or "
+            "were asked for by pods without rules.dns, which teach nothing: ask again",
+        )
     ]
 
 
@@ -105,15 +121,19 @@ def _ports(one: Entry) -> str:
     return f"{ports_text(one.protocol, one.first, one.last)}/{protocol_name(one.protocol)}"
 
 
-def _refusals(pod: dict[str, Any], name: str) -> list[str]:
+def _refusals(pod: dict[str, Any], name: str) -> list[Reason]:
     """Say why a pod's policy stands in the way before any server is asked."""
     if not pod["isolated"]:
         return []
     if pod["restricted"] and not pod["may_ask"]:
-        return [f"the pod may not ask for {name}: no rules.dns of its policies fits: add it there"]
+        text = f"the pod may not ask for {name}: no rules.dns of its policies fits: add it there"
+        return [Reason("refused", text)]
     if pod["ports"] and not pod["taught"]:
         return [
-            "no rule of the pod lets it ask a server with rules.dns, so its answers teach "
-            "nothing: add toPorts with rules.dns to the rule for kube-dns"
+            Reason(
+                "untaught",
+                "no rule of the pod lets it ask a server with rules.dns, so its answers teach "
+                "nothing: add toPorts with rules.dns to the rule for kube-dns",
+            )
         ]
     return []
