@@ -51,7 +51,8 @@ def why(config: Any, path: Path | None, name: str, pod: str, port: str | None, o
     else:
         found = of_name(shm, shm.folder / RULES, name)
     found["events"] = found["events"][-EVENTS_KEPT:]
-    found["reasons"] = [dataclasses.asdict(one) for one in found["reasons"]]
+    for part in ("reasons", "perhaps"):
+        found[part] = [dataclasses.asdict(one) for one in found.get(part, ())]
     if output == "json":
         show(found, output)
     else:
@@ -130,6 +131,8 @@ def _print(found: dict[str, Any], pod: str) -> None:
         click.echo(f"  nothing is in the way of {pod}")
     for reason in found["reasons"]:
         click.echo(f"  WHY NOT: {reason['text']}")
+    for reason in found["perhaps"]:
+        click.echo(f"  perhaps: {reason['text']}")
 
 
 def _print_way(way: dict[str, Any]) -> None:

@@ -25,7 +25,10 @@ TOO_BIG = value("REASON_FRAGMENTATION_NEEDED")
 
 
 def explain(reach: Reach) -> dict[str, Any]:
-    """Return what is known of the question, with `ways`, `dropped` and its `reasons`."""
+    """Return what is known of the question, with `ways`, `dropped`, its `reasons`, and `perhaps`.
+
+    perhaps: Reasons that are guesses, where there are none.
+    """
     known = reach.asked.known
     reasons = [one for one in known["reasons"][:1] if one.code == "refused"]
     if not reasons:
@@ -33,7 +36,7 @@ def explain(reach: Reach) -> dict[str, Any]:
         for way in reach.ways:
             reasons += _of_way(reach, way)
         reasons += _stale(reach) + _too_big(reach)
-    reasons = reasons or _elsewhere(reach) or _others(reach) or _silent(reach)
+    reasons = reasons or _others(reach) or _silent(reach)
     drops = [one for one in reach.drops if one.target in reach.there | reach.before]
     by = reach.policy_of({one.word for one in drops})
     return {
@@ -41,6 +44,7 @@ def explain(reach: Reach) -> dict[str, Any]:
         "ways": [way.plain() for way in reach.ways],
         "dropped": [one.plain(by.get(one.word, "")) for one in drops],
         "reasons": list(dict.fromkeys(reasons)),
+        "perhaps": [] if reasons else _elsewhere(reach),
     }
 
 

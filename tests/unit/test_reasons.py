@@ -32,9 +32,11 @@ def told(what: dict, now=(STORE,), before=(), ways=(), drops=(), opened=()) -> l
         of_cluster=lambda address: address == DNS, policy_of=lambda words: {1: "NetworkPolicy x"},
         works=lambda there, since: bool(opened and opened[0]["reply_packets"]),
     )  # fmt: skip
-    reasons = explain(reach)["reasons"]
-    assert all(one.text for one in reasons)
-    return [one.code for one in reasons]
+    said = explain(reach)
+    assert all(one.text for one in said["reasons"] + said["perhaps"])
+    return [one.code for one in said["reasons"]] + [
+        f"perhaps {one.code}" for one in said["perhaps"]
+    ]
 
 
 def drop(target, reason=DENIED, port="443/tcp", first=3.0, last=1.0) -> Drop:
@@ -63,7 +65,7 @@ SILENT = {"destination": str(STORE), "reply_source": str(STORE), "reply_source_p
         (["stale"], {"what": known(STALE), "now": ()}),
         (["stale"], {"what": known(STALE), "now": (), "before": [OLD], "drops": [drop(OLD)]}),
         (["stale"], {"before": [OLD], "drops": [drop(OLD)]}),
-        (["stale"], {"drops": [drop(OLD)]}),
+        (["perhaps stale"], {"drops": [drop(OLD)]}),
         (["stale"], {"what": known(), "now": ()}),
         ([], {"drops": [drop(OLD)], "what": known(ports=())}),
         ([], {"drops": [drop(OLD)], "opened": [SILENT | {"reply_packets": 1}]}),
