@@ -37,6 +37,23 @@ APPS = 10  # identities of a namespace
 RULES = 10  # of a policy
 GATHERED = 20  # changes of one update in the storm
 ROUNDS = 40  # of each kind of single change
+_V1, _V2 = "networking.k8s.io/v1", "cilium.io/v2"
+WIDE = {  # rules about very many peers
+    "all pods": (_V1, "ingress", {"from": [{"namespaceSelector": {}}]}),
+    "0.0.0.0/0": (_V1, "egress", {"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}),
+    "half of the pods": (
+        _V1,
+        "ingress",
+        {"from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"half": "0"}}}]},
+    ),
+    "cluster": (_V2, "ingress", {"fromEntities": ["cluster"]}),
+    "cluster denied": (_V2, "ingressDeny", {"fromEntities": ["cluster"]}),
+}
+SUBJECTS = {
+    "of one pod": ("CiliumNetworkPolicy", {"matchLabels": {"app": "app-0"}}),
+    "of 10 pods": ("CiliumNetworkPolicy", {}),
+    "of every pod": ("CiliumClusterwideNetworkPolicy", {}),
+}
 
 
 def _ips(number: int) -> list[str]:
@@ -53,7 +70,11 @@ def _pod(number: int, identity: int, local: bool) -> dict[str, Any]:
         "metadata": {
             "name": f"pod-{number}",
             "namespace": f"ns-{identity // APPS}",
-            "labels": {"app": f"app-{identity % APPS}", "pod-template-hash": f"{identity:x}"},
+            "labels": {
+                "app": f"app-{identity % APPS}",
+                "half": f"{identity % 2}",
+                "pod-template-hash": f"{identity:x}",
+            },
         },
         "spec": {
             "nodeName": "here" if local else f"node-{number % 100}",
@@ -212,19 +233,24 @@ def _last_pod(world: World, number: int) -> tuple[str, str]:
 
 
 def _wide(world: World, engine: PolicyEngine) -> dict[str, float]:
-    """A policy that selects every pod of the cluster as a peer, of one pod and of a namespace."""
+    """Policies about very many peers, of one pod, of a namespace and of all pods of this node."""
     found = {}
-    for what, pods in (("of one pod", {"matchLabels": {"app": "app-0"}}), ("of 10 pods", {})):
-        policy = {
-            "apiVersion": "networking.k8s.io/v1",
-            "kind": "NetworkPolicy",
-            "metadata": {"name": "wide", "namespace": "ns-0"},
-            "spec": {"podSelector": pods, "ingress": [{"from": [{"namespaceSelector": {}}]}]},
-        }
-        objects, local = world.with_object(policy), world.local()
-        found[f"all pods as peers {what}"] = _timed(partial(engine.update, objects, local))
-        objects = world.without("policies", ("NetworkPolicy", "ns-0", "wide"))
-        found[f"and gone {what}"] = _timed(partial(engine.update, objects, local))
+    for peers, (api, way, rule) in WIDE.items():
+        for pods, (kind, selector) in SUBJECTS.items():
+            cilium = api == _V2
+            if not cilium and kind == "CiliumClusterwideNetworkPolicy":
+                continue
+            policy = {
+                "apiVersion": api,
+                "kind": kind if cilium else "NetworkPolicy",
+                "metadata": {"name": "wide", "namespace": "ns-0"},
+                "spec": {"endpointSelector" if cilium else "podSelector": selector, way: [rule]},
+            }
+            _, key, _ = interpret(policy)
+            steps = [("", world.with_object(policy)), (", gone", world.without("policies", key))]
+            for what, objects in steps:
+                change = partial(engine.update, objects, world.local())
+                found[f"{peers}, {pods}{what}"] = _timed(change)
     return found
 
 

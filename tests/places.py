@@ -14,7 +14,7 @@ from tests import segments as sg
 from tests import worlds as w
 from tests.naive import node
 from tests.naive.packets import Packet, read
-from tests.setting import Backend, Peer, Service
+from tests.setting import WIDE, Backend, Peer, Service
 from tests.worlds import HOST, POD_A, POD_B, UPLINK, Result, World
 from xdp.abi import CONST, value
 
@@ -41,7 +41,7 @@ PEERS = {
     for port in (POD_A, POD_B)
 }
 PEERS |= {ip_network(NODE[f]): Peer(1, 3, CONST["PEER_HOST"]) for f in FAMILIES}
-PEERS |= {w.FAR4: Peer(300, 4), w.FAR6: Peer(300, 4)}
+PEERS |= {w.FAR4: Peer(300, 4, 0, WIDE + 1), w.FAR6: Peer(300, 4, 0, WIDE + 1)}
 PEERS |= {ip_network(OUT_KEPT[f]): Peer(400, 5, CONST["PEER_KEEP_SOURCE"]) for f in FAMILIES}
 """Groups: 1 and 2 the pods, 3 the node, 4 pods of node 2, 5 what is not masqueraded."""
 

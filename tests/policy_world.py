@@ -159,13 +159,12 @@ class PolicyWorld:
         oracle = self.oracle()
         said: dict = {}
         rows = self.shm.subjects["policy"]
-        group_of = self.shm.peers["group"]
-        groups = {peer: int(group_of[naive.peer_of(self.shm, peer)]) for peer in peers}
+        known = {peer: naive.groups_of(self.shm, peer) for peer in peers}
         for port in among or self.endpoints:
-            for peer, group in groups.items():
+            for peer, groups in known.items():
                 for direction in DIRECTIONS:
                     for protocol, number in ports:
-                        key = int(rows[port]), group, direction, protocol, number
+                        key = int(rows[port]), groups, direction, protocol, number
                         if key not in said:
                             said[key] = self.allows(port, direction, peer, protocol, number)
                         wanted = oracle.allowed(port, direction, peer, protocol, number)

@@ -22,6 +22,7 @@ ANY = CONST["POLICY_ANY_PROTOCOL"]
 ALLOW, DENY = CONST["POLICY_ALLOW"], CONST["POLICY_DENY"]
 ANSWERS = {name: value(f"REFUSAL_{name}") for name in ("DROP", "ICMP", "RESET")}
 CLOSED = 0
+WIDE = 1 << 19
 PORT_ROWS = {6: 0, 17: 1, 132: 2}  # rows of the port tables; else 3
 
 
@@ -32,16 +33,20 @@ def word(action: int, rule: int = 0, answer: str = "DROP") -> int:
 
 @dataclass(frozen=True)
 class Peer:
-    """What addresses of a prefix are."""
+    """What addresses of a prefix are. wide: a wide group, which has a number from WIDE on."""
 
     identity: int
     group: int = 0
     flags: int = 0
+    wide: int = 0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a chain: `depth` leading bits of the port count; group 0: any peer."""
+    """One entry of a chain: `depth` leading bits of the port count; group 0: any peer.
+
+    A group from WIDE on is a wide one; in truth any number may be either.
+    """
 
     verdict: int
     group: int = 0
@@ -164,7 +169,7 @@ class Agent:
             for key in [key for key in fib.routes if (version, *key) not in wanted]:
                 fib.delete(*key)
         for row, ((version, address, length), peer) in enumerate(wanted.items(), 1):
-            self.shm.peers[row] = (peer.identity, peer.group, peer.flags, 0)
+            self.shm.peers[row] = (peer.wide << 32 | peer.group, peer.identity, peer.flags)
             if self._fibs[version].routes.get((address, length)) != row:
                 self._fibs[version].set(address, length, row)
 
@@ -186,11 +191,13 @@ class Agent:
         place["flags"] = policy.flags
         sides = (("ingress", policy.ingress), ("egress", policy.egress))
         for direction, (side, entries) in enumerate(sides):
-            depths = 0
+            depths = {"": 0, "wide_": 0}
             for entry in entries:
-                depths |= 1 << (17 if entry.protocol == ANY else entry.depth)
+                bit = 1 << (17 if entry.protocol == ANY else entry.depth)
+                depths["wide_" if entry.group >= WIDE else ""] |= bit
                 self._entry(row, direction, entry)
-            place[f"{side}_depths"] = depths
+            for kind, bits in depths.items():
+                place[f"{side}_{kind}depths"] = bits
             place[f"{side}_otherwise"] = getattr(policy, f"{side}_otherwise")
 
     def _entry(self, row: int, direction: int, entry: Entry) -> None:

@@ -578,12 +578,13 @@ struct control {
   __u64 reserved1[2];
 };
 
-/* What an address is: value of the longest prefix in the ipcache. Row 0: not known. */
+/* What an address is: value of the longest prefix in the ipcache. Row 0: not known. Addresses that no
+ * selector tells apart are a group; those that fit many peers make wide groups, the others groups.
+ * 0: none fits. */
 struct peer {
+  __u64 groups;                  /* its wide group << 32 | its group: they change with one store */
   __u32 identity;
-  __u32 group;                   /* addresses that no rule of any policy tells apart; 0: none matches */
   __u32 flags;                   /* PEER_* */
-  __u32 reserved;
 };
 
 /* Row i: what port i of the port table is to policy. A row of zeros is closed: nothing passes. */
@@ -602,14 +603,17 @@ struct policy {
   __u32 ingress_otherwise;
   __u32 egress_otherwise;
   __u32 flags;                   /* POLICY_AUDIT */
-  __u32 reserved[3];
+  __u32 ingress_wide_depths;     /* of entries of wide groups */
+  __u32 egress_wide_depths;
+  __u32 reserved;
 };
 
 /* Open addressing, linear probing. match: protocol << 8 | direction << 7 | depth + 1, where depth is
  * the number of leading bits of the port that count (0: any port) and direction is enum direction;
- * 0: empty; 127: deleted. Written last. A chain is (group) or (group 0: any peer). Within a chain
- * the first hit counts, tried from the longest port prefix down to any port, then any protocol: the
- * writer folds what shorter ones say into longer ones. Of the two chains' verdicts a deny wins. */
+ * 0: empty; 127: deleted. Written last. A chain is (group), (wide group) or (group 0: any peer).
+ * Within a chain the first hit counts, tried from the longest port prefix down to any port, then any
+ * protocol: the writer folds what shorter ones say into longer ones. Of the chains' verdicts a deny
+ * wins. */
 struct policy_entry {
   __u64 key;                     /* policy row << 48 | group << 16 | port */
   __u32 match;

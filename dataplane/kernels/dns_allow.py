@@ -4,12 +4,12 @@ Rule: a name is allowed when an entry of one of its selectors stands in a chain 
 name that no pattern can match is never allowed.
 
 Theory. The entries are those of policies, with the selector's number in their match, so that the
-same three kinds of chains are asked as for addresses: of the server's group, of any peer, and of
-names that led to the server. A resolver appends its search domains first (resolv.conf(5), ndots),
-so a pod asks for api.example.com.shop.svc.cluster.local before api.example.com. Where the
-cluster's domain and what Kubernetes puts before it are taken off such a name and the rest is
-allowed, the name does not exist rather than being refused: what kube-dns would say, and what musl
-and glibc need to go on to the next.
+same kinds of chains are asked as for addresses: of the server's group, of its wide group, of any
+peer, and of names that led to the server. A resolver appends its search domains first
+(resolv.conf(5), ndots), so a pod asks for api.example.com.shop.svc.cluster.local before
+api.example.com. Where the cluster's domain and what Kubernetes puts before it are taken off such a
+name and the rest is allowed, the name does not exist rather than being refused: what kube-dns would
+say, and what musl and glibc need to go on to the next.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from dataplane.kernels.dns_learned import ask_names
 from dataplane.kernels.dns_names import SELECTORS, hash_ends, select
 from dataplane.kernels.house import inline, load8, load32be, outline, store8
 from dataplane.kernels.naming import S_HASHES, S_NAME, S_OFFSETS
-from dataplane.kernels.policy import ACTION, ALLOW, chain
+from dataplane.kernels.policy import ACTION, ALLOW, chain, group_of, wide_of
 from xdp.abi import DTYPE
 
 EGRESS = 1
@@ -38,19 +38,24 @@ def _selector(n, name, k):
 
 @outline
 def may_ask(
-    n, entries, row, depths, group, by_names, family, hi, lo, scope, protocol, port, name, count,
-    tick,
+    n, entries, row, depths, wide_depths, groups, by_names, family, hi, lo, scope, protocol, port,
+    name, count, tick,
 ):  # fmt: skip
-    """Whether policy `row` lets its pod ask the server (family, hi, lo), which is of `group`.
+    """Whether policy `row` lets its pod ask the server (family, hi, lo), which is of `groups`.
 
     name: row of names, or NOWHERE; count: of its selectors; by_names: the policy has rules toFQDNs
     and the server is outside the cluster.
     """
     none = np.int64(0)
+    group, wide = group_of(groups), wide_of(groups)
     for k in range(min(count, SELECTORS)):
         selector = _selector(n, name, k)
         if group:
             word = chain(entries, row, group, EGRESS, protocol, port, depths, selector)
+            if word & ACTION == ALLOW:
+                return True
+        if wide and wide_depths:
+            word = chain(entries, row, wide, EGRESS, protocol, port, wide_depths, selector)
             if word & ACTION == ALLOW:
                 return True
         word = chain(entries, row, none, EGRESS, protocol, port, depths, selector)

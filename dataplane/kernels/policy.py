@@ -3,13 +3,13 @@
 Rule: a constant number of probes, whatever the number of rules; what is not known is denied.
 
 Theory. As Cilium's policy map (bpf/lib/policy.h), with groups in the place of identities: addresses
-that no rule tells apart have one group, so a rule about ten thousand pods is one entry. Two chains
-are asked, the peer's group and "any peer" (0); in each the longest port prefix that is there
-counts, and the compiler has folded shorter ones into it. A deny of either chain wins, then an
-allow, then what the policy says of the rest. A row of zeros says nothing, which is a deny: a new
-pod is closed until its policy is written. The verdict word carries the rule's number (xdp/abi.h).
-DNS names that may be asked for (rules.dns) have chains of their own beside those of addresses: the
-number of a name's selector is part of the entry.
+that no rule tells apart have one group, so a rule about ten thousand pods is one entry. Three
+chains are asked, the peer's group, its wide group (of selectors that fit many peers) and "any peer"
+(0); in each the longest port prefix that is there counts, and the compiler has folded shorter ones
+into it. A deny of any chain wins, then an allow, then what the policy says of the rest. A row of
+zeros says nothing, which is a deny: a new pod is closed until its policy is written. The verdict
+word carries the rule's number (xdp/abi.h). DNS names that may be asked for (rules.dns) have chains
+of their own beside those of addresses: the number of a name's selector is part of the entry.
 """
 
 import numpy as np
@@ -28,6 +28,7 @@ EXACT = 16
 ENTRY = DTYPE["policy_entry"].itemsize
 ENTRY_MATCH = 8  # match in the lower half of the second word, verdict in the upper
 
+LOW = np.uint64(0xFFFFFFFF)
 MIX_A = np.uint64(0x9E3779B97F4A7C15)
 MIX_B = np.uint64(0xC2B2AE3D27D4EB4F)
 MIX_C = np.uint64(0xD6E8FEB86659FD93)
@@ -88,45 +89,63 @@ def both(one, other):
     return (one | (other & NAMES)) & ~(NAMES_ONLY & ~other)
 
 
-@outline
-def ask(entries, row, group, direction, protocol, port, depths, otherwise):
-    """Verdict word for a peer's group, protocol and port (ICMP: type); 0: not known, a deny.
+@inline
+def group_of(groups):
+    """The group of a peer; groups: of its row."""
+    return np.int64(groups & LOW)
 
-    entries: memory address of policy_entry[]; depths, otherwise: of the policy's row.
+
+@inline
+def wide_of(groups):
+    """The wide group of a peer; groups: of its row."""
+    return np.int64(groups >> np.uint64(32))
+
+
+@outline
+def ask(entries, row, groups, direction, protocol, port, depths, wide_depths, otherwise):
+    """Verdict word for a peer's groups, protocol and port (ICMP: type); 0: not known, a deny.
+
+    entries: memory address of policy_entry[]; groups: of the peer's row; depths, wide_depths,
+    otherwise: of the policy's row.
     """
-    if depths == 0:
+    if depths | wide_depths == 0:
         return np.int64(otherwise)
-    none = mine = np.int64(0)
-    if group:
+    none = mine = many = np.int64(0)
+    group, wide = group_of(groups), wide_of(groups)
+    if group and depths:
         mine = chain(entries, row, group, direction, protocol, port, depths, none)
         if mine & ACTION == DENY:
             return mine
+    if wide and wide_depths:
+        many = chain(entries, row, wide, direction, protocol, port, wide_depths, none)
+        if many & ACTION == DENY:
+            return many
     any_peer = chain(entries, row, none, direction, protocol, port, depths, none)
     if any_peer & ACTION == DENY:
         return any_peer
-    word = both(mine, any_peer)
+    word = both(both(mine, many), any_peer)
     return word if word else np.int64(otherwise)
 
 
 @inline
-def egress(t, row, group, protocol, port):
+def egress(t, row, groups, protocol, port):
     """Verdict word of policy `row` for what its pod sends to a peer."""
     policy = t.policies[row]
     return ask(
         t.policy_entries.address,
-        row, group, 1, protocol, port,
-        np.int64(policy.egress_depths), np.int64(policy.egress_otherwise),
+        row, groups, 1, protocol, port, np.int64(policy.egress_depths),
+        np.int64(policy.egress_wide_depths), np.int64(policy.egress_otherwise),
     )  # fmt: skip
 
 
 @inline
-def ingress(t, row, group, protocol, port):
+def ingress(t, row, groups, protocol, port):
     """Verdict word of policy `row` for what its pod receives from a peer."""
     policy = t.policies[row]
     return ask(
         t.policy_entries.address,
-        row, group, 0, protocol, port,
-        np.int64(policy.ingress_depths), np.int64(policy.ingress_otherwise),
+        row, groups, 0, protocol, port, np.int64(policy.ingress_depths),
+        np.int64(policy.ingress_wide_depths), np.int64(policy.ingress_otherwise),
     )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def in_cluster(peer):
 def _egress(t, row, kind, hi, lo, target, protocol, port, identity, tick):
     """Verdict word of policy `row`, of a pod of this identity, for a peer (row) at an address."""
     rules = t.policies[row]
-    word = policy.egress(t, row, np.int64(t.peers[target].group), protocol, port)
+    word = policy.egress(t, row, t.peers[target].groups, protocol, port)
     if not rules.flags & BY_NAMES or in_cluster(t.peers[target]):
         return word
     allowed = policy.allows(word)
@@ -118,7 +118,7 @@ def judge_both(
             audited = (t.policies[row].flags & AUDIT) != 0
     if to_pod and (reason == 0 or audited):
         row = np.int64(t.subjects[receiver.port].policy)
-        ingress = policy.ingress(t, row, np.int64(t.peers[source].group), protocol, port)
+        ingress = policy.ingress(t, row, t.peers[source].groups, protocol, port)
         if not policy.allows(ingress):
             audits = (t.policies[row].flags & AUDIT) != 0
             if reason == 0 or not audits:

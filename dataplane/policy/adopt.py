@@ -21,7 +21,7 @@ from dataplane.policy.names import FIRST
 from dataplane.policy.partition import Member, Partition
 from dataplane.policy.rows import Row
 from dataplane.tables.entries import Batch
-from dataplane.tables.policies import CLOSED, OPEN, PolicyWriter
+from dataplane.tables.policies import CLOSED, GROUP_MASK, OPEN, WIDE_SHIFT, PolicyWriter
 
 T = TypeVar("T", bound=Hashable)
 M = TypeVar("M", bound=Hashable)
@@ -79,14 +79,18 @@ def peers(writer: PolicyWriter, partition: Partition) -> Heritage:
         for kind, row in kinds.items()
         if (int(table["identity"][row]), int(table["flags"][row])) == (kind.number, kind.flags)
     }
-    groups = {member: int(table["group"][row]) for member, row in rows.items()}
-    now = {member: kind.group for member, kind in members.items() if kind.group is not None}
-    found = heirs({member: group for member, group in groups.items() if group}, now)
-    heritage.groups = {group: number for group, number in found.items() if group.selected}
+    numbers = {member: int(table["groups"][row]) for member, row in rows.items()}
+    used: set[int] = set()
+    for wide, shift in enumerate((0, WIDE_SHIFT)):
+        old = {member: word >> shift & GROUP_MASK for member, word in numbers.items()}
+        now = {member: group for member, kind in members.items() if (group := kind.groups[wide])}
+        found = heirs({member: number for member, number in old.items() if number}, now)
+        heritage.groups |= {group: number for group, number in found.items() if group.selected}
+        used.update(old.values())
     keys = writer.entries.all().keys
     asked = np.unique((keys >> np.uint64(16)) & np.uint64(0xFFFFFFFF))
     asked = asked[asked < FIRST]  # names have their numbers from elsewhere
-    heritage.used_groups = {*asked.tolist(), *groups.values()} - {0}
+    heritage.used_groups = {*asked.tolist(), *used} - {0}
     return heritage
 
 

@@ -64,7 +64,7 @@ class PolicyEngine:
         """Forget everything but the tables."""
         options = self.options
         self._objects, self._local = Objects(), LocalView("")
-        self.partition = Partition(options.cidr_match == "kubernetes")
+        self.partition = Partition(options.cidr_match == "kubernetes", options.wide_from)
         self.backends = Backends()
         self.partition.selection.resolve = self.backends.addresses
         self.partition.selection.names = Names(self.names)

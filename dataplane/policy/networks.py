@@ -31,6 +31,11 @@ class Networks:
 
     # --- what selects them ------------------------------------------------------------------------
 
+    def reach(self, block: Block) -> int:
+        """Return how many kinds of peers are in a block, its exceptions too."""
+        family = self.families[block.cidr.version]
+        return sum(len(node.kinds) for node in family.subtree(*key(block.cidr)))
+
     def select_block(self, selected: Selected, block: Block) -> None:
         """Mark the prefixes of a block."""
         family = self.families[block.cidr.version]

@@ -33,6 +33,7 @@ class PolicyOptions:
     audit: bool = False
     deny_response: str = "drop"  # drop, icmp, reset
     entries_max: int = 65536
+    wide_from: int = 256  # peers; a selector of as many makes wide groups. Not configured
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,17 +46,15 @@ DENY_ONLY = 1  # it may not select the subject after all: its labels are not kno
 ALLOW_ONLY = 2  # it is audited, and others are enforced
 
 
-def _about(policy: Policy, spec: Spec) -> str:
-    """Return what all rules of a spec are about: members of a JSON object."""
-    about: dict[str, Any] = {
-        "kind": policy.kind,
-        "namespace": policy.namespace,
-        "name": policy.name,
-    }
-    for key, one in (("spec", spec.number), ("description", spec.description), ("log", spec.log)):
-        if one:
-            about[key] = one
-    return json.dumps(about)[1:-1]
+def _named(policy: Policy) -> str:
+    """Return a policy's name as a JSON object."""
+    return json.dumps({"kind": policy.kind, "namespace": policy.namespace, "name": policy.name})
+
+
+def _about(spec: Spec) -> str:
+    """Return what all rules of a spec are about beside its policy: more members of the object."""
+    places = (("spec", spec.number), ("description", spec.description), ("log", spec.log))
+    return "".join(f', "{key}": {json.dumps(one)}' for key, one in places if one)
 
 
 class Hold:
@@ -76,7 +74,7 @@ class Unit:
     """A spec of a policy, with the identities of this node's pods that it selects."""
 
     __slots__ = (
-        "_holds", "about", "audit", "denies", "isolates", "key", "mark", "names", "policy",
+        "_holds", "about", "audit", "denies", "isolates", "key", "mark", "named", "names", "policy",
         "spec", "subjects",
     )  # fmt: skip
 
@@ -89,7 +87,8 @@ class Unit:
         text = f"{policy.kind}\n{policy.namespace}\n{policy.name}"
         self.mark = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big")
         self.key = f"{text}\n{spec.number}"
-        self.about = _about(policy, spec)
+        self.named = _named(policy)
+        self.about = self.named[1:-1] + _about(spec)
         self.names = frozenset(
             (port.protocol, port.name)
             for rule in spec.rules
@@ -218,11 +217,11 @@ class Parts:
         verdict = word(rule.deny, answer, log, number)
         if rule.names:
             verdict |= NAMES | NAMES_ONLY
-        peers = None
-        if rule.peers is not None:
-            used = dict.fromkeys(_what(peer, rule.deny) for peer in rule.peers)
-            peers = tuple(self._selection.use(what) for what in used)
         some, named = _ports(rule, dict(mine))
+        peers = None
+        if rule.peers is not None:  # what a named port is, a wide group does not know
+            used = dict.fromkeys(_what(peer, rule.deny) for peer in rule.peers)
+            peers = tuple(self._selection.use(what, narrow=bool(named)) for what in used)
         for port in named:
             self._selection.use_name(port)
         selectors = tuple(filter(None, map(self._selection.names.use, rule.names)))
@@ -310,14 +309,11 @@ def resolved(part: Part, numbers: Mapping[NamedPort, list[int]]) -> list[int]:
 
 
 def _about_rest(direction: int, units: Sequence[Unit]) -> str:
-    names = {(unit.policy.kind, unit.policy.namespace, unit.policy.name) for unit in units}
-    about: dict[str, Any] = {"kind": "default deny", "direction": DIRECTIONS[direction]}
-    about["policies"] = [
-        dict(zip(("kind", "namespace", "name"), name, strict=True))
-        for name in heapq.nsmallest(POLICIES_NAMED, names)
-    ]
+    names = {unit.named for unit in units}
+    shown = ", ".join(heapq.nsmallest(POLICIES_NAMED, names))
+    about = f'"kind": "default deny", "direction": "{DIRECTIONS[direction]}", "policies": [{shown}]'
     if len(names) > POLICIES_NAMED:
-        about["more"] = len(names) - POLICIES_NAMED
+        about += f', "more": {len(names) - POLICIES_NAMED}'
     if not names:
-        about["description"] = "policy.enforcement is always"
-    return json.dumps(about)
+        about += ', "description": "policy.enforcement is always"'
+    return f"{{{about}}}"

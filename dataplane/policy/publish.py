@@ -195,15 +195,14 @@ class Publisher:
         writer = self._writer
         known = heritage.kinds if heritage else {}
         rows: list[int] = []
-        groups: list[int] = []
+        groups: list[tuple[int, int]] = []
         for kind in regrouped.moved:
-            assert kind.group is not None
             if not kind.row and kind in known:
                 kind.row = known[kind]
                 self._book.identity(kind.number, kind.labels)
             if kind.row:
                 rows.append(kind.row)
-                groups.append(kind.group.number)
+                groups.append(kind.numbers)
             else:
                 self._make_row(kind)
         if rows:
@@ -228,12 +227,11 @@ class Publisher:
         return changed
 
     def _make_row(self, kind: Kind) -> None:
-        assert kind.group is not None
         try:
             kind.row = self._writer.peers.take()
         except TableFull:
             return  # _map() says so
-        self._writer.set_peer(kind.row, kind.number, kind.group.number, kind.flags)
+        self._writer.set_peer(kind.row, kind.number, kind.numbers, kind.flags)
         self._book.identity(kind.number, kind.labels)
 
     def _map(self, member: Member, kind: Kind) -> bool:

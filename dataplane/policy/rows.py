@@ -16,6 +16,7 @@ from dataplane.objects.policies import EGRESS, INGRESS
 from dataplane.policy.chains import ACTION, ALLOW, DENY, Chain, chain
 from dataplane.policy.kinds import Group, NamedPort
 from dataplane.policy.parts import Hold, Part, resolved
+from dataplane.tables.policies import Depths
 from xdp.abi import CONST
 
 AUDIT, BY_NAMES = CONST["POLICY_AUDIT"], CONST["POLICY_FQDN"]
@@ -111,14 +112,14 @@ class Row:
         self.rest: tuple[Part | None, Part | None] = (None, None)  # by direction
         self.chains: dict[Place, Chain] = {}
         self.count = 0
-        self.depths = ({}, {})  # type: tuple[dict[int, int], dict[int, int]]
+        self.depths: list[dict[int, int]] = [{}, {}, {}, {}]  # as Depths
         self.otherwise = (ALLOW, ALLOW)
         self.flags = 0
 
-    def bits(self) -> tuple[int, int]:
+    def bits(self) -> Depths:
         """Return the depths in use, as struct policy has them."""
-        ingress, egress = (sum(1 << bit for bit in used) for used in self.depths)
-        return ingress, egress
+        a, b, c, d = (sum(1 << bit for bit in used) for used in self.depths)
+        return a, b, c, d
 
 
 class Chains:
@@ -237,25 +238,25 @@ class Draft:
         gone = (part for part in self.removed if part.direction == direction)
         return any(part.verdict & ACTION == DENY for part in gone)
 
-    def bits(self) -> tuple[int, int]:
+    def bits(self) -> Depths:
         """Return depths that are in use before or after."""
         bits = list(self.row.bits())
-        for (direction, _), made in self.changes.items():
+        for place, made in self.changes.items():
             if made is not None:
-                bits[direction] |= made.depths
-        return bits[0], bits[1]
+                bits[_width(place)] |= made.depths
+        return bits[0], bits[1], bits[2], bits[3]
 
     def commit(self) -> None:
         """Make it true of the row."""
         row = self.row
         for place, made in self.changes.items():
-            direction, group = place
+            group = place[1]
             before = row.chains.pop(place, None)
             if before is not None:
-                _count(row.depths[direction], before.depths, -1)
+                _count(row.depths[_width(place)], before.depths, -1)
             if made is not None:
                 row.chains[place] = made
-                _count(row.depths[direction], made.depths, 1)
+                _count(row.depths[_width(place)], made.depths, 1)
             if group is None:
                 continue
             if (0, group) in row.chains or (1, group) in row.chains:
@@ -264,6 +265,12 @@ class Draft:
                 group.rows.discard(row)
         row.key, row.index, row.rest, row.flags = self.key, self.index, self.rest, self.flags
         row.count, row.otherwise, row.stands = self.count, self.otherwise(), True
+
+
+def _width(place: Place) -> int:
+    """Return which of Depths a chain counts in."""
+    direction, group = place
+    return direction + 2 * (group is not None and group.wide)
 
 
 def _count(used: dict[int, int], bits: int, step: int) -> None:

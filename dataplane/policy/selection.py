@@ -6,15 +6,21 @@ any more go when purge() is called, not before.
 Theory. A new selector finds its members by the index of labels, the tree of prefixes, or the views
 of named ports; a new identity finds its selectors by theirs. Both mark kinds as dirty for
 partition.py. A pod of unknown labels is a member of a selector of deny rules where it may be one,
-of a selector of allow rules where it must be one.
+of a selector of allow rules where it must be one. A selector that fits `wide_from` peers or more
+when a rule begins to use it is wide, for that rule and those that come; rules from before keep a
+narrow one. EVERYBODY is always in use, since such rules are common and finding all takes long.
 """
 
 import random
 from collections.abc import Callable, Iterable
+from ipaddress import ip_network
 
+from dataplane.objects.cilium_words import CLUSTER_NAME
 from dataplane.objects.names import NamePattern
 from dataplane.objects.policies import Block, ServiceRef
+from dataplane.objects.selectors import CLUSTER, NAMESPACE, equals, exists, selector
 from dataplane.policy.kinds import (
+    HASH_BITS,
     Group,
     Identity,
     Kind,
@@ -30,15 +36,20 @@ from dataplane.policy.match import LabelIndex, SelectorIndex, certain, holds, po
 from dataplane.policy.names import FIRST, Names
 from dataplane.policy.networks import Networks
 
+EVERYBODY: tuple[What, ...] = (
+    *(Labelled(selector([exists(NAMESPACE)]), of_deny) for of_deny in (False, True)),
+    *(Labelled(selector([equals(CLUSTER, CLUSTER_NAME)]), of_deny) for of_deny in (False, True)),
+    *(Block(ip_network(cidr)) for cidr in ("0.0.0.0/0", "::/0")),
+)
 IdentityKey = tuple[bool, tuple[tuple[str, str], ...]]
 
 
 class Selection:
     """Selectors, identities, views of named ports."""
 
-    def __init__(self, networks: Networks, dirty: set[Kind]) -> None:
-        """networks: what blocks and sets of addresses select."""
-        self._networks, self._dirty = networks, dirty
+    def __init__(self, networks: Networks, dirty: set[Kind], wide_from: int) -> None:
+        """networks: what blocks and sets of addresses select; wide_from: peers of a wide one."""
+        self._networks, self._dirty, self._wide_from = networks, dirty, wide_from
         self.names = Names()
         self._random = random.Random(1)
         self._ids = 0
@@ -50,12 +61,16 @@ class Selection:
         self._names: dict[NamedPort, int] = {}  # named ports in use -> how often
         self.numbered: dict[NamedPort, set[Selected]] = {}  # and what tells peers apart by them
         self.selected: dict[What, Selected] = {}
+        self.wide: dict[What, Selected] = {}
+        self.wide_ids: set[int] = set()
         self.by_id = networks.by_id
         self._by_labels: SelectorIndex[Selected] = SelectorIndex()
         self.services: set[Selected] = set()  # sets of addresses of services
         self.resolve: Callable[[ServiceRef], Iterable[tuple[int, int]]] = lambda _: ()
         self._idle: set[Selected] = set()
         self._unheld: set[Identity | Ports] = set()
+        for what in EVERYBODY:
+            self._make(what, wide=True).refs += 1
 
     # --- identities and named ports ---------------------------------------------------------------
 
@@ -128,9 +143,15 @@ class Selection:
 
     # --- selectors --------------------------------------------------------------------------------
 
-    def use(self, what: What) -> Selected:
-        """Return a selector, in use once more."""
-        selected = self._select(what)
+    def use(self, what: What, narrow: bool = False) -> Selected:
+        """Return a selector, in use once more. narrow: it must not be a wide one."""
+        wide = self.wide.get(what)
+        if narrow:
+            selected = self._select(what)
+        elif wide is None and self._reach(what) >= self._wide_from:
+            selected = self._make(what, wide=True)
+        else:
+            selected = wide or self._select(what)
         selected.refs += 1
         return selected
 
@@ -140,13 +161,25 @@ class Selection:
         if not selected.refs:
             self._idle.add(selected)
 
+    def _reach(self, what: What) -> int:
+        """Return how many peers a selector fits, about: identities, or kinds in a block."""
+        if isinstance(what, Labelled):
+            known = self.selected.get(what)
+            return len(known.members if known else self._labels.find(what.selector))
+        return self._networks.reach(what) if isinstance(what, Block) else 0
+
     def _select(self, what: What) -> Selected:
-        known = self.selected.get(what)
-        if known is not None:
-            return known
+        return self.selected.get(what) or self._make(what)
+
+    def _make(self, what: What, wide: bool = False) -> Selected:
         self._ids += 1
-        made = self.selected[what] = Selected(what, self._ids, self._random.getrandbits(128))
+        made = Selected(what, self._ids, self._random.getrandbits(HASH_BITS), wide)
         self.by_id[made.id] = made
+        if wide:
+            self.wide[what] = made
+            self.wide_ids.add(made.id)
+        else:
+            self.selected[what] = made
         if isinstance(what, Numbered):
             self.numbered.setdefault(what.port, set()).add(made)
         elif isinstance(what, Labelled):
@@ -198,7 +231,8 @@ class Selection:
                 self._by_labels.remove(selected)
             else:
                 self.numbered[what.port].discard(selected)
-        del self.selected[what], self.by_id[selected.id]
+        del (self.wide if selected.wide else self.selected)[what], self.by_id[selected.id]
+        self.wide_ids.discard(selected.id)
 
     def _drop(self, one: Identity | Ports) -> None:
         for number in one.selected:

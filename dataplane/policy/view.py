@@ -17,7 +17,7 @@ from dataplane.policy.explain import NAMES
 from dataplane.policy.names import FIRST
 from dataplane.policy.rulebook import attributions, labels, read
 from dataplane.tables.names_view import NameReader
-from dataplane.tables.policies import CLOSED, OPEN
+from dataplane.tables.policies import CLOSED, GROUP_MASK, OPEN, WIDE_SHIFT
 from dataplane.tables.shm import Shm
 from dataplane.tables.verdicts import RESERVED, RULE_SHIFT, Peer, Reader, Verdict
 
@@ -54,6 +54,7 @@ class View:
             "identity": peer.identity,
             "labels": _labels(peer.identity, known),
             "group": peer.group,
+            "wide_group": peer.wide,
             "flags": list(peer.flags),
             "peer": peer.row,
         }
@@ -64,10 +65,10 @@ class View:
         for network, peer in self.reader.prefixes():
             one = found.setdefault(peer.identity, {"prefixes": 0, "example": str(network)})
             one["prefixes"] += 1
-            one.setdefault("groups", set()).add(peer.group)
+            one.setdefault("groups", set()).update(_groups(peer))
         for number, row in self.reader.identities().items():
             one = found.setdefault(number, {"prefixes": 0, "example": ""})
-            one.setdefault("groups", set()).add(self.reader.peer(row).group)
+            one.setdefault("groups", set()).update(_groups(self.reader.peer(row)))
         known = labels(self._book, found)
         return [
             {
@@ -137,17 +138,19 @@ class View:
         rows = {peer.row for _, peer in self.reader.prefixes()}
         rows |= set(self.reader.identities().values())
         used = np.fromiter(rows, np.int64, len(rows))
-        used = used[np.isin(peers["group"][used], wanted)]
         found: dict[int, set[int]] = {}
-        for row in used.tolist():
-            found.setdefault(int(peers["group"][row]), set()).add(int(peers["identity"][row]))
+        for shift in (0, WIDE_SHIFT):
+            numbers = peers["groups"][used] >> np.uint64(shift) & np.uint64(GROUP_MASK)
+            which = np.flatnonzero(np.isin(numbers, wanted))
+            for group, row in zip(numbers[which].tolist(), used[which].tolist(), strict=True):
+                found.setdefault(group, set()).add(int(peers["identity"][row]))
         return {group: sorted(numbers) for group, numbers in found.items()}
 
     def verdict(self, port: int, address: str, direction: int, protocol: int, number: int) -> Any:
         """Return what is in force for a port of this node and a peer's address."""
         row = self.reader.subjects().get(port, (0, CLOSED))[1]
         peer = self.reader.find(address)[1]
-        said = self.reader.verdict(row, peer.group, direction, protocol, number)
+        said = self.reader.verdict(row, peer, direction, protocol, number)
         return _verdict(said, attributions(self._book, [said.rule]))
 
 
@@ -158,6 +161,10 @@ def rule_names(rules_file: Path, words: Iterable[int]) -> dict[int, str]:
     return {
         word: attribution(abouts[number]) for word, number in numbers.items() if number in abouts
     }
+
+
+def _groups(peer: Peer) -> set[int]:
+    return {peer.group, peer.wide} if peer.wide else {peer.group}
 
 
 def _labels(number: int, known: dict[int, Any]) -> list[str]:

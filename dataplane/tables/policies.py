@@ -28,10 +28,19 @@ from dataplane.tables.shm import Shm
 from xdp.abi import CONST
 
 CLOSED, OPEN = 0, 1
+GROUP_MASK, WIDE_SHIFT = 0xFFFFFFFF, 32  # of struct peer's groups
 ALLOW, DENY = CONST["POLICY_ALLOW"], CONST["POLICY_DENY"]
 _POLICY_WORDS = (
-    "ingress_depths", "egress_depths", "ingress_otherwise", "egress_otherwise", "flags",
+    "ingress_depths", "egress_depths", "ingress_wide_depths", "egress_wide_depths",
+    "ingress_otherwise", "egress_otherwise", "flags",
 )  # fmt: skip
+
+Depths = tuple[int, int, int, int]  # of groups by direction, of wide groups by direction
+NO_DEPTHS: Depths = (0, 0, 0, 0)
+
+
+def _word(groups: tuple[int, int]) -> int:
+    return groups[0] | groups[1] << WIDE_SHIFT
 
 
 class Numbers:
@@ -105,7 +114,7 @@ class PolicyWriter:
             clock,
         )
         if shm.writable:
-            self.set_policy(OPEN, (0, 0), (ALLOW, ALLOW), 0)
+            self.set_policy(OPEN, NO_DEPTHS, (ALLOW, ALLOW), 0)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -116,13 +125,13 @@ class PolicyWriter:
 
     # --- peers ------------------------------------------------------------------------------------
 
-    def set_peer(self, row: int, identity: int, group: int, flags: int) -> None:
-        """Write what addresses of a kind are."""
-        self.shm.peers[row] = (identity, group, flags, 0)
+    def set_peer(self, row: int, identity: int, groups: tuple[int, int], flags: int) -> None:
+        """Write what addresses of a kind are. groups: numbers of group and wide group."""
+        self.shm.peers[row] = (_word(groups), identity, flags)
 
-    def set_groups(self, rows: list[int], groups: list[int]) -> None:
-        """Move kinds of peers to other groups; what they are otherwise stays."""
-        self.shm.peers["group"][rows] = groups
+    def set_groups(self, rows: list[int], groups: list[tuple[int, int]]) -> None:
+        """Move kinds of peers to other groups, each by one store; the rest of a row stays."""
+        self.shm.peers["groups"][rows] = np.fromiter(map(_word, groups), np.uint64)
 
     def map(self, family: int, address: int, length: int, row: int) -> bool:
         """Map a prefix to a kind of peer; return whether it was another. Raises TableFull."""
@@ -148,11 +157,12 @@ class PolicyWriter:
 
     # --- policies and their subjects --------------------------------------------------------------
 
-    def set_policy(
-        self, row: int, depths: tuple[int, int], otherwise: tuple[int, int], flags: int
-    ) -> bool:
-        """Write the words of a policy row, each by direction; return whether something changed."""
-        wanted = (depths[0], depths[1], otherwise[0], otherwise[1], flags)
+    def set_policy(self, row: int, depths: Depths, otherwise: tuple[int, int], flags: int) -> bool:
+        """Write the words of a policy row; return whether something changed.
+
+        otherwise: verdict words, by direction.
+        """
+        wanted = (*depths, *otherwise, flags)
         names = _POLICY_WORDS
         place = self.shm.policies[row]
         if tuple(int(place[name]) for name in names) == wanted:
@@ -170,15 +180,15 @@ class PolicyWriter:
         """Return the flags of a policy row."""
         return int(self.shm.policies[row]["flags"])
 
-    def widen(self, row: int, depths: tuple[int, int]) -> None:
+    def widen(self, row: int, depths: Depths) -> None:
         """Have readers look for entries of these depths too; what is said of the rest stays."""
         place = self.shm.policies[row]
-        place["ingress_depths"] |= depths[0]
-        place["egress_depths"] |= depths[1]
+        for name, bits in zip(_POLICY_WORDS, depths, strict=False):
+            place[name] |= bits
 
     def clear_policy(self, row: int) -> None:
         """Free a policy row that no subject has."""
-        self.set_policy(row, (0, 0), (0, 0), 0)
+        self.set_policy(row, NO_DEPTHS, (0, 0), 0)
         self.policies.give(row)
 
     def subject(self, port: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import numpy as np
 from dataplane.tables.entries import Entries
 from dataplane.tables.fib4 import Fib4
 from dataplane.tables.fib6 import Fib6
+from dataplane.tables.policies import GROUP_MASK, WIDE_SHIFT
 from dataplane.tables.shm import Shm
 from xdp.abi import CONST, ENUM, value
 
@@ -75,6 +76,7 @@ class Peer:
     row: int
     identity: int
     group: int
+    wide: int  # number of its wide group
     flags: tuple[str, ...]
 
 
@@ -123,7 +125,9 @@ class Reader:
         """Return a row of `peers`."""
         one = self.shm.peers[row]
         flags = tuple(name for name, bit in FLAGS.items() if int(one["flags"]) & bit)
-        return Peer(row, int(one["identity"]), int(one["group"]), flags)
+        groups = int(one["groups"])
+        identity = int(one["identity"])
+        return Peer(row, identity, groups & GROUP_MASK, groups >> WIDE_SHIFT, flags)
 
     def find(self, address: str) -> tuple[Network | None, Peer]:
         """Return the longest prefix of an address, and what it is."""
@@ -172,9 +176,10 @@ class Reader:
             key=lambda one: (one.direction, one.group, one.protocol, one.first, one.selector),
         )
 
-    def verdict(self, row: int, group: int, direction: int, protocol: int, port: int) -> Verdict:
-        """Return what a policy says of a peer's group, protocol and port (ICMP: type)."""
-        words = [self._chain(row, one, direction, protocol, port) for one in {group, 0}]
+    def verdict(self, row: int, peer: Peer, direction: int, protocol: int, port: int) -> Verdict:
+        """Return what a policy says of a peer, protocol and port (ICMP: type)."""
+        chains = dict.fromkeys((peer.group, peer.wide, 0))
+        words = [self._chain(row, one, direction, protocol, port) for one in chains]
         for action in (DENY, ALLOW):
             for word in words:
                 if word and word & ACTION == action:

@@ -2,9 +2,9 @@
 
 Rule: every entry is looked at; a Setting (tests/setting.py) is all that is known.
 
-Theory. In a chain (a group's, or that of any peer) the longest port prefix counts, then any
-protocol; of the two chains a deny wins, then the group's own word; then what is said of the rest.
-Both ends are asked when both are pods of this node.
+Theory. In a chain (a group's, a wide group's, or that of any peer) the longest port prefix counts,
+then any protocol; of the three chains a deny wins, then the group's own word, then the wide
+group's; then what is said of the rest. Both ends are asked when both are pods of this node.
 """
 
 from dataclasses import dataclass
@@ -57,14 +57,15 @@ def chain(entries: tuple[Entry, ...], group: int, protocol: int, port: int) -> i
     return anything[0].verdict if anything else 0
 
 
-def ask(entries: tuple[Entry, ...], otherwise: int, group: int, protocol: int, port: int) -> int:
-    """Verdict word about a peer of a group."""
+def ask(entries, otherwise: int, group: int, wide: int, protocol: int, port: int) -> int:
+    """Verdict word about a peer of a group and a wide group."""
     own = chain(entries, group, protocol, port) if group else 0
+    many = chain(entries, wide, protocol, port) if wide else 0
     anybody = chain(entries, 0, protocol, port)
-    for said in (own, anybody):
+    for said in (own, many, anybody):
         if said & ACTION == DENY:
             return said
-    return own or anybody or otherwise
+    return own or many or anybody or otherwise
 
 
 def _reason(said: int, otherwise: int) -> str:
@@ -93,8 +94,8 @@ def both(setting: Setting, source, target, protocol: int, port: int) -> Verdict:
         audits = False
         if policy is not None:
             otherwise = getattr(policy, f"{side}_otherwise")
-            group = peer(setting, other).group
-            said = ask(getattr(policy, side), otherwise, group, protocol, port)
+            who = peer(setting, other)
+            said = ask(getattr(policy, side), otherwise, who.group, who.wide, protocol, port)
             audits = bool(policy.flags & AUDIT)
         words[side] = said
         if said & ACTION != ALLOW:

@@ -55,9 +55,9 @@ def entry(shm, key: int, match: int) -> int:
     return 0
 
 
-def chain(shm, row: int, group: int, direction: int, protocol: int, port: int) -> int:
-    """Verdict word of one chain, 0 when it says nothing."""
-    depths = int(shm.policies[row][("ingress_depths", "egress_depths")[direction]])
+def chain(shm, row: int, group: int, direction: int, protocol: int, port: int, kind="") -> int:
+    """Verdict word of one chain, 0 when it says nothing. kind: "wide_" of a wide group."""
+    depths = int(shm.policies[row][("ingress_", "egress_")[direction] + kind + "depths"])
     for depth in range(16, -1, -1):
         if depths >> depth & 1:
             masked = port >> (16 - depth) << (16 - depth)
@@ -71,13 +71,25 @@ def chain(shm, row: int, group: int, direction: int, protocol: int, port: int) -
     return 0
 
 
+def groups_of(shm, peer) -> tuple[int, int]:
+    """Group and wide group of an address."""
+    word = int(shm.peers[peer_of(shm, peer)]["groups"])
+    return word & 0xFFFFFFFF, word >> 32
+
+
 def verdict(shm, port_index: int, peer, direction: int, protocol: int, port: int) -> int:
     """Verdict word of what the pod at a port receives from, or sends to, an address."""
     row = int(shm.subjects[port_index]["policy"])
-    group = int(shm.peers[peer_of(shm, peer)]["group"])
-    words = [chain(shm, row, 0, direction, protocol, port)]
-    if group:
-        words.insert(0, chain(shm, row, group, direction, protocol, port))
+    return ask(shm, row, groups_of(shm, peer), direction, protocol, port)
+
+
+def ask(shm, row: int, groups: tuple[int, int], direction: int, protocol: int, port: int) -> int:
+    """Verdict word of a policy row about a peer of these groups."""
+    words = []
+    for group, kind in zip(groups, ("", "wide_"), strict=True):
+        if group:
+            words.append(chain(shm, row, group, direction, protocol, port, kind))
+    words.append(chain(shm, row, 0, direction, protocol, port))
     for action in (DENY, ALLOW):
         for word in words:
             if word & 3 == action:

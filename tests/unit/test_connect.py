@@ -37,7 +37,7 @@ from tests.places import (
     read_in,
 )
 from tests.segments import ICMP, ICMP6, SCTP, TCP, UDP
-from tests.setting import ALLOW, DENY, OPEN, Agent, Entry, Policy, Setting, word
+from tests.setting import ALLOW, DENY, OPEN, WIDE, Agent, Entry, Policy, Setting, word
 from tests.worlds import POD_A, POD_B
 from xdp.abi import CONST, value
 
@@ -56,7 +56,8 @@ def entries(r: Random) -> tuple[Entry, ...]:
         if protocol in (TCP, UDP, SCTP):
             port = r.choice([80, 8080, 53, 99])
         depth = 0 if protocol == 255 else r.choice([0, 8, 16, 16])
-        entry = Entry(r.choice(VERDICTS), r.randint(0, 5), protocol, port, depth)
+        group = r.choice([0, 1, 2, 3, 4, 5, WIDE, WIDE + 1])
+        entry = Entry(r.choice(VERDICTS), group, protocol, port, depth)
         found[entry.group, protocol, port >> 16 - depth, depth] = entry
     return tuple(found.values())
 

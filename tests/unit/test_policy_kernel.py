@@ -24,6 +24,7 @@ from tests.setting import (
     ALLOW,
     ANY,
     DENY,
+    WIDE,
     Agent,
     Entry,
     Peer,
@@ -44,15 +45,16 @@ INGRESS, EGRESS = 0, 1
 @kernel
 def _ask_all(t, row, direction, asked, out):
     for n in range(len(asked)):
-        group, protocol, port = asked[n]
+        group, wide, protocol, port = asked[n]
+        groups = np.uint64(wide << 32 | group)
         if direction == 1:
-            out[n] = kernel_policy.egress(t, row, group, protocol, port)
+            out[n] = kernel_policy.egress(t, row, groups, protocol, port)
         else:
-            out[n] = kernel_policy.ingress(t, row, group, protocol, port)
+            out[n] = kernel_policy.ingress(t, row, groups, protocol, port)
 
 
 def ask_all(world, row: int, direction: int, asked: list) -> list[int]:
-    """Verdict words about (group, protocol, port)."""
+    """Verdict words about (group, wide group, protocol, port)."""
     out = np.zeros(len(asked), np.int64)
     _ask_all(world.tables, row, direction, np.array(asked, np.int64), out)
     return out.tolist()
@@ -80,15 +82,17 @@ def agent(stage, world):
 # --- entries ------------------------------------------------------------------------------------
 
 words = st.sampled_from([word(ALLOW, 1), word(ALLOW, 2), word(DENY, 3), word(DENY, 4, "RESET")])
-GROUPS, PROTOCOLS = [0, 0, 1, 2, (1 << 20) - 1], [6, 17, 132, 1, 58, 0]
+GROUPS, PROTOCOLS = [0, 0, 1, 2, WIDE - 1], [6, 17, 132, 1, 58, 0]
+WIDES = [WIDE, (1 << 20) - 1]
 
 
 @st.composite
 def entries(draw) -> tuple[Entry, ...]:
-    """Entries that overlap in every way: nested ports, any port, any protocol, both chains."""
+    """Entries that overlap in every way: nested ports, any port, any protocol, all chains."""
     found = {}
     for _ in range(draw(st.integers(0, 12))):
-        group, protocol = draw(st.sampled_from(GROUPS)), draw(st.sampled_from([*PROTOCOLS, ANY]))
+        group = draw(st.sampled_from([*GROUPS, *WIDES]))
+        protocol = draw(st.sampled_from([*PROTOCOLS, ANY]))
         depth = 0 if protocol == ANY else draw(st.integers(0, 16))
         port = draw(st.sampled_from([0, 80, 443, 8080, 0x8000, 0xFFFF]))
         entry = Entry(draw(words), group, protocol, port >> 16 - depth << 16 - depth, depth)
@@ -97,7 +101,7 @@ def entries(draw) -> tuple[Entry, ...]:
 
 
 NUMBERS = (0, 80, 81, 443, 8080, 0x7FFF, 0x8000, 0xFFFF)
-ASKED = [*product({*GROUPS, 7}, (*PROTOCOLS, 47), NUMBERS)]
+ASKED = [*product({*GROUPS, 7}, (0, *WIDES), (*PROTOCOLS, 47), NUMBERS)]
 policies = st.builds(Policy, entries(), entries(), words, words)
 
 
@@ -137,7 +141,7 @@ def test_runs_of_slots_are_searched_to_their_limit_and_no_further(world, agent):
                                  for group, _ in found), ingress_otherwise=word(DENY)))  # fmt: skip
 
     def ask(group: int) -> int:
-        return ask_all(world, 9, INGRESS, [(group, 6, 80)])[0]
+        return ask_all(world, 9, INGRESS, [(group, 0, 6, 80)])[0]
 
     rows = world.shm.policy_entries
     for group, first in found:
@@ -262,7 +266,7 @@ def told(stage, world):
         peers = {net: peer for net, peer in PEERS.items() if net not in (w.FAR4, w.FAR6)}
         for f in FAMILIES if known else ():
             peers[ip_network(FAR[f])] = known
-        world.shm.peers[900] = (300, 4, 0, 0)
+        world.shm.peers[900] = (4, 300, 0)
         world.shm.identity_peers[300] = 900
         agent.write(Setting(peers=peers, policies={POD_B: only}, flags=CONST["NODE_IDENTITY_VNI"]))
         return world

@@ -38,4 +38,43 @@ def test_a_rule_about_a_thousand_pods_is_one_entry(tmp_path):
         assert engine.update(objects, local) == []
         entries = PolicyWriter(shm).entries
         assert entries.count == 2, "the thousand, and the own node"
-        assert len(engine.partition.groups()) == 2
+        (web,) = (one for one in engine.partition.selection.wide.values() if one.rows)
+        assert (len(web.members), len(web.groups)) == (1000, 1)
+
+
+def test_a_rule_about_many_pods_that_others_tell_apart_is_one_entry(tmp_path):
+    """So are all pods, every address and a label that most have; a few are an entry each."""
+    manifests = [node(1), namespace("x"), namespace("y"), pod("x", "a", 10, 1)]
+    for n in range(300):
+        one = pod("y", f"p{n}", 2, 2, app="web", n=f"n{n}", few=f"{n < 50}".lower())
+        one["status"]["podIPs"] = [{"ip": f"10.244.{8 + n // 250}.{n % 250}"}]
+        manifests.append(one)
+
+    def rule(peer: dict, number: int) -> dict:
+        return {"from": [peer], "ports": [{"port": number}]}
+
+    def pods(**labels: str) -> dict:
+        return {"namespaceSelector": {}, "podSelector": {"matchLabels": labels}}
+
+    each = {"podSelector": {}, "ingress": [rule(pods(n=f"n{n}"), 1 + n) for n in range(300)]}
+    manifests.append(policy("x", "each", each))
+    objects = collect(manifests)
+    (one,) = [end for end in objects.pods.values() if end.name == "a"]
+    local = LocalView("n1", endpoints=(LocalEndpoint(2, "x", "a", one.ips),))
+    with Shm.create(tmp_path) as shm:
+        writer = PolicyWriter(shm)
+        engine = PolicyEngine(writer, PolicyOptions(), tmp_path / "rules")
+        engine.update(objects, local)
+        count = writer.entries.count
+        assert count == 301, "and the own node"
+        for more, peer in (
+            (2, {"namespaceSelector": {}}),  # a wide group of each family: they differ in ::/0
+            (2, {"ipBlock": {"cidr": "0.0.0.0/0"}}),  # pods, all others
+            (1, pods(app="web")),
+            (50, pods(few="true")),
+        ):
+            wide = {"podSelector": {}, "ingress": [rule(peer, 1000)]}
+            assert engine.update(collect([*manifests, policy("x", "wide", wide)]), local) == []
+            assert writer.entries.count == count + more, peer
+            engine.update(objects, local)
+            assert writer.entries.count == count

@@ -196,13 +196,13 @@ def test_what_stands_is_read_back(shm):
     writer = PolicyWriter(shm)
     assert (shm.policies[OPEN]["ingress_otherwise"], shm.policies[CLOSED]["flags"]) == (ALLOW, 0)
     row, policy = writer.peers.take(), writer.policies.take()
-    writer.set_peer(row, 1234, 7, CONST["PEER_POD"])
+    writer.set_peer(row, 1234, (7, 0), CONST["PEER_POD"])
     assert writer.map(4, 0x0A000001, 32, row)
     assert not writer.map(4, 0x0A000001, 32, row)
     assert writer.map(6, 1, 128, row)
     assert writer.map_identity(300, row)
-    assert writer.set_policy(policy, (1, 2), (3, 4), 1)
-    assert not writer.set_policy(policy, (1, 2), (3, 4), 1)
+    assert writer.set_policy(policy, (1, 2, 0, 0), (3, 4), 1)
+    assert not writer.set_policy(policy, (1, 2, 0, 0), (3, 4), 1)
     assert writer.set_subject(9, 1234, policy)
     assert naive.peer_of(shm, "10.0.0.1") == naive.peer_of(shm, "::1") == row
     again = PolicyWriter(shm)
@@ -220,9 +220,9 @@ def test_a_group_moves_by_one_word_a_row(shm):
     writer = PolicyWriter(shm)
     rows = [writer.peers.take() for _ in range(3)]
     for row in rows:
-        writer.set_peer(row, 5, 1, 0)
-    writer.set_groups(rows[:2], [8, 9])
-    assert shm.peers["group"][rows].tolist() == [8, 9, 1]
+        writer.set_peer(row, 5, (1, 2), 0)
+    writer.set_groups(rows[:2], [(8, 2), (9, 3)])
+    assert shm.peers["groups"][rows].tolist() == [8 | 2 << 32, 9 | 3 << 32, 1 | 2 << 32]
     assert shm.peers["identity"][rows].tolist() == [5, 5, 5]
 
 
@@ -240,7 +240,9 @@ def test_a_writer_that_died_is_repaired(shm):
 def test_depths_are_widened_before_and_narrowed_after(shm):
     writer = PolicyWriter(shm)
     row = writer.policies.take()
-    writer.set_policy(row, (1, 0), (ALLOW, DENY), 0)
-    writer.widen(row, (4, 8))
+    writer.set_policy(row, (1, 0, 0, 2), (ALLOW, DENY), 0)
+    writer.widen(row, (4, 8, 16, 32))
     assert (shm.policies[row]["ingress_depths"], shm.policies[row]["egress_depths"]) == (5, 8)
+    wide = shm.policies[row]["ingress_wide_depths"], shm.policies[row]["egress_wide_depths"]
+    assert wide == (16, 34)
     assert int(shm.policies[row]["egress_otherwise"]) == DENY
