@@ -8,6 +8,7 @@ Theory. Vectors of 256, with the prefetch that the stages do before they look, a
 import numpy as np
 
 from dataplane.kernels import wire
+from dataplane.kernels.ahead import ask_place, ask_policies
 from dataplane.kernels.batch import KIND_IP4
 from dataplane.kernels.house import kernel, prefetch
 from dataplane.kernels.route import lookup
@@ -36,9 +37,16 @@ def route_all(t, addresses):
 def verdict_all(t, sources, targets, ports):
     """Judge TCP connections between IPv4 addresses (uint64) to ports (int64); return who may."""
     allowed = np.int64(0)
-    for i in range(len(sources)):
-        verdict = judge_both(
-            t, KIND_IP4, ZERO, sources[i], ZERO, targets[i], wire.TCP, ports[i], 0
-        )  # fmt: skip
-        allowed += verdict.reason == 0
+    for first in range(0, len(sources), VECTOR):
+        end = min(first + VECTOR, len(sources))
+        for i in range(first, end):
+            ask_place(t, KIND_IP4, ZERO, sources[i])
+            ask_place(t, KIND_IP4, ZERO, targets[i])
+        for i in range(first, end):
+            ask_policies(t, KIND_IP4, ZERO, sources[i], ZERO, targets[i], wire.TCP, ports[i])
+        for i in range(first, end):
+            verdict = judge_both(
+                t, KIND_IP4, ZERO, sources[i], ZERO, targets[i], wire.TCP, ports[i], 0, 1
+            )  # fmt: skip
+            allowed += verdict.reason == 0
     return allowed

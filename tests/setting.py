@@ -191,10 +191,11 @@ class Agent:
         place["flags"] = policy.flags
         sides = (("ingress", policy.ingress), ("egress", policy.egress))
         for direction, (side, entries) in enumerate(sides):
-            depths = {"": 0, "wide_": 0}
+            depths = {"": 0, "wide_": 0, "any_": 0}
             for entry in entries:
                 bit = 1 << (17 if entry.protocol == ANY else entry.depth)
-                depths["wide_" if entry.group >= WIDE else ""] |= bit
+                kind = "wide_" if entry.group >= WIDE else "" if entry.group else "any_"
+                depths[kind] |= bit
                 self._entry(row, direction, entry)
             for kind, bits in depths.items():
                 place[f"{side}_{kind}depths"] = bits

@@ -598,14 +598,16 @@ struct subject {
  * probe: bit d: ports of d leading bits; bit 17: any protocol. otherwise: verdict word when no
  * entry fits. Row 0 is closed, row 1 is open. */
 struct policy {
-  __u32 ingress_depths;
+  __u32 ingress_depths;          /* of entries of groups */
   __u32 egress_depths;
+  __u32 ingress_wide_depths;     /* of wide groups */
+  __u32 egress_wide_depths;
+  __u32 ingress_any_depths;      /* of any peer */
+  __u32 egress_any_depths;
   __u32 ingress_otherwise;
   __u32 egress_otherwise;
   __u32 flags;                   /* POLICY_AUDIT */
-  __u32 ingress_wide_depths;     /* of entries of wide groups */
-  __u32 egress_wide_depths;
-  __u32 reserved;
+  __u32 reserved[7];
 };
 
 /* Open addressing, linear probing. match: protocol << 8 | direction << 7 | depth + 1, where depth is

@@ -119,6 +119,7 @@ COLUMNS = {
     "dns": NUMBER,  # packets of DNS connections, for `names`
     "dns_count": SINGLE,
     "hashes": WIDE,  # hash of the tuple, ports included
+    "ahead": NUMBER,  # of packets in `todo`: what kernels/ahead.py has come to
 }
 """Name -> dtype and length of a column."""
 

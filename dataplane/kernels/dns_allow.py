@@ -38,8 +38,8 @@ def _selector(n, name, k):
 
 @outline
 def may_ask(
-    n, entries, row, depths, wide_depths, groups, by_names, family, hi, lo, scope, protocol, port,
-    name, count, tick,
+    n, entries, row, depths, wide_depths, any_depths, groups, by_names, family, hi, lo, scope,
+    protocol, port, name, count, tick,
 ):  # fmt: skip
     """Whether policy `row` lets its pod ask the server (family, hi, lo), which is of `groups`.
 
@@ -58,7 +58,7 @@ def may_ask(
             word = chain(entries, row, wide, EGRESS, protocol, port, wide_depths, selector)
             if word & ACTION == ALLOW:
                 return True
-        word = chain(entries, row, none, EGRESS, protocol, port, depths, selector)
+        word = chain(entries, row, none, EGRESS, protocol, port, any_depths, selector)
         if word & ACTION == ALLOW:
             return True
         if by_names and ask_names(

@@ -52,8 +52,8 @@ def _allowed(t, number, name, count, tick):
     protocol = np.int64(con.word >> np.uint64(8)) & 0xFF
     return may_ask(
         t.naming, t.policy_entries.address, row, np.int64(policy.egress_depths),
-        np.int64(policy.egress_wide_depths), peer.groups, by_names, family, hi, lo, scope,
-        protocol, port, name, count, tick,
+        np.int64(policy.egress_wide_depths), np.int64(policy.egress_any_depths), peer.groups,
+        by_names, family, hi, lo, scope, protocol, port, name, count, tick,
     )  # fmt: skip
 
 

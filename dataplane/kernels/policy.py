@@ -14,7 +14,7 @@ of their own beside those of addresses: the number of a name's selector is part 
 
 import numpy as np
 
-from dataplane.kernels.house import highest_bit, inline, load64, outline
+from dataplane.kernels.house import highest_bit, inline, load64, outline, prefetch
 from xdp.abi import CONST, DTYPE
 
 SLOTS_MASK = CONST["POLICY_SLOTS"] - 1
@@ -79,6 +79,23 @@ def chain(entries, row, group, direction, protocol, port, depths, selector):
 
 
 @inline
+def _chain_ahead(entries, row, group, direction, protocol, port, depths):
+    """Ask for the entries that `chain` may look at."""
+    base = (row << 48) | (group << 16)
+    kind = direction << 7
+    bits = depths & 0x1FFFF
+    while bits:
+        depth = highest_bit(np.uint64(bits))
+        bits ^= 1 << depth
+        shift = EXACT - depth
+        key = np.uint64(base | ((port >> shift) << shift))
+        prefetch(entries + slot_of(key, np.uint64(kind | (protocol << 8) | (depth + 1))) * ENTRY)
+    if depths & ANY_BIT:
+        match = np.uint64(kind | (ANY_PROTOCOL << 8) | 1)
+        prefetch(entries + slot_of(np.uint64(base), match) * ENTRY)
+
+
+@inline
 def both(one, other):
     """What two chains say together that both allow, or of which one says nothing.
 
@@ -102,15 +119,15 @@ def wide_of(groups):
 
 
 @outline
-def ask(entries, row, groups, direction, protocol, port, depths, wide_depths, otherwise):
+def ask(
+    entries, row, groups, direction, protocol, port, depths, wide_depths, any_depths, otherwise
+):  # fmt: skip
     """Verdict word for a peer's groups, protocol and port (ICMP: type); 0: not known, a deny.
 
-    entries: memory address of policy_entry[]; groups: of the peer's row; depths, wide_depths,
-    otherwise: of the policy's row.
+    entries: memory address of policy_entry[]; groups: of the peer's row; the last four: of the
+    policy's row.
     """
-    if depths | wide_depths == 0:
-        return np.int64(otherwise)
-    none = mine = many = np.int64(0)
+    none = mine = many = any_peer = np.int64(0)
     group, wide = group_of(groups), wide_of(groups)
     if group and depths:
         mine = chain(entries, row, group, direction, protocol, port, depths, none)
@@ -120,9 +137,10 @@ def ask(entries, row, groups, direction, protocol, port, depths, wide_depths, ot
         many = chain(entries, row, wide, direction, protocol, port, wide_depths, none)
         if many & ACTION == DENY:
             return many
-    any_peer = chain(entries, row, none, direction, protocol, port, depths, none)
-    if any_peer & ACTION == DENY:
-        return any_peer
+    if any_depths:
+        any_peer = chain(entries, row, none, direction, protocol, port, any_depths, none)
+        if any_peer & ACTION == DENY:
+            return any_peer
     word = both(both(mine, many), any_peer)
     return word if word else np.int64(otherwise)
 
@@ -134,7 +152,8 @@ def egress(t, row, groups, protocol, port):
     return ask(
         t.policy_entries.address,
         row, groups, 1, protocol, port, np.int64(policy.egress_depths),
-        np.int64(policy.egress_wide_depths), np.int64(policy.egress_otherwise),
+        np.int64(policy.egress_wide_depths), np.int64(policy.egress_any_depths),
+        np.int64(policy.egress_otherwise),
     )  # fmt: skip
 
 
@@ -145,7 +164,40 @@ def ingress(t, row, groups, protocol, port):
     return ask(
         t.policy_entries.address,
         row, groups, 0, protocol, port, np.int64(policy.ingress_depths),
-        np.int64(policy.ingress_wide_depths), np.int64(policy.ingress_otherwise),
+        np.int64(policy.ingress_wide_depths), np.int64(policy.ingress_any_depths),
+        np.int64(policy.ingress_otherwise),
+    )  # fmt: skip
+
+
+@inline
+def _ahead(
+    entries, row, groups, direction, protocol, port, depths, wide_depths, any_depths
+):  # fmt: skip
+    none, group, wide = np.int64(0), group_of(groups), wide_of(groups)
+    if group:
+        _chain_ahead(entries, row, group, direction, protocol, port, depths)
+    if wide:
+        _chain_ahead(entries, row, wide, direction, protocol, port, wide_depths)
+    _chain_ahead(entries, row, none, direction, protocol, port, any_depths)
+
+
+@inline
+def egress_ahead(t, row, groups, protocol, port):
+    """Ask for the entries that `egress` will look at."""
+    policy = t.policies[row]
+    _ahead(
+        t.policy_entries.address, row, groups, 1, protocol, port, np.int64(policy.egress_depths),
+        np.int64(policy.egress_wide_depths), np.int64(policy.egress_any_depths),
+    )  # fmt: skip
+
+
+@inline
+def ingress_ahead(t, row, groups, protocol, port):
+    """Ask for the entries that `ingress` will look at."""
+    policy = t.policies[row]
+    _ahead(
+        t.policy_entries.address, row, groups, 0, protocol, port, np.int64(policy.ingress_depths),
+        np.int64(policy.ingress_wide_depths), np.int64(policy.ingress_any_depths),
     )  # fmt: skip
 
 

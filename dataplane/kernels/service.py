@@ -13,7 +13,7 @@ Service v1, sessionAffinity ClientIP; Cilium: bpf/lib/lb.h.
 import numpy as np
 
 from dataplane.kernels.connections import since
-from dataplane.kernels.house import inline, load64, outline
+from dataplane.kernels.house import inline, load32, load64, outline
 from dataplane.kernels.parse import mix
 from xdp.abi import CONST, DTYPE, value
 
@@ -31,6 +31,7 @@ MIX_B = np.uint64(0xC2B2AE3D27D4EB4F)
 MIX_C = np.uint64(0xD6E8FEB86659FD93)
 SHIFT = np.uint64(32)
 ZERO = np.uint64(0)
+LOWER = np.uint64(0xFFFFFFFF)
 
 
 @inline
@@ -76,13 +77,33 @@ def may_come(t, part, hi, lo):
 
 
 @inline
-def _pick(t, part, table, hashed):
-    """Row of the backend for a hash; part: of backend_lists, not empty; table: of maglev or 0."""
+def _word_of(t, part, table, hashed):
+    """Memory address of the word that names the backend for a hash.
+
+    part: of backend_lists, not empty; table: of maglev, or 0.
+    """
     if table != ZERO:
-        size = table & np.uint64(0xFFFFFFFF)
-        return np.int64(t.maglev[np.int64(table >> SHIFT) + np.int64(hashed % size)])
-    count = part & np.uint64(0xFFFFFFFF)
-    return np.int64(t.backend_lists[np.int64(part >> SHIFT) + np.int64(hashed % count)])
+        number = np.int64(table >> SHIFT) + np.int64(hashed % (table & LOWER))
+        return t.maglev.address + number * 4
+    number = np.int64(part >> SHIFT) + np.int64(hashed % (part & LOWER))
+    return t.backend_lists.address + number * 4
+
+
+@inline
+def _pick(t, part, table, hashed):
+    """Row of the backend for a hash."""
+    return load32(_word_of(t, part, table, hashed))
+
+
+@inline
+def choice_at(t, service, outside, hashed):
+    """Memory address of the word that names a new connection's backend; 0: it has no such word."""
+    row = t.services[service]
+    part = row.outside if outside else row.inside
+    table = row.outside_table if outside else row.inside_table
+    if part & LOWER == ZERO or row.affinity_s:
+        return np.int64(0)
+    return _word_of(t, part, table, hashed >> SHIFT)
 
 
 @inline

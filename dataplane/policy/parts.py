@@ -18,7 +18,7 @@ from typing import Any
 
 from dataplane.objects.names import NamePattern
 from dataplane.objects.policies import DIRECTIONS, EGRESS, INGRESS, Peer, Policy, Rule, Spec
-from dataplane.objects.selectors import RESERVED, Selector, exists, selector
+from dataplane.objects.selectors import Selector
 from dataplane.policy.chains import (
     NAMES,
     NAMES_ONLY,
@@ -34,10 +34,9 @@ from dataplane.policy.chains import (
 from dataplane.policy.kinds import Identity, Labelled, NamedPort, Selected
 from dataplane.policy.options import ANSWERS, PolicyOptions
 from dataplane.policy.rulebook import Rulebook
-from dataplane.policy.selection import Selection
+from dataplane.policy.selection import HOST_SELECTOR, Selection
 
 Numbers = tuple[tuple[NamedPort, tuple[int, ...]], ...]  # named ports of a subject
-HOST_SELECTOR = selector([exists(f"{RESERVED}host")])
 POLICIES_NAMED = 50  # in what is said about a default deny
 
 

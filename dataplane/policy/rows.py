@@ -112,14 +112,14 @@ class Row:
         self.rest: tuple[Part | None, Part | None] = (None, None)  # by direction
         self.chains: dict[Place, Chain] = {}
         self.count = 0
-        self.depths: list[dict[int, int]] = [{}, {}, {}, {}]  # as Depths
+        self.depths: list[dict[int, int]] = [{} for _ in range(6)]  # as Depths
         self.otherwise = (ALLOW, ALLOW)
         self.flags = 0
 
     def bits(self) -> Depths:
         """Return the depths in use, as struct policy has them."""
-        a, b, c, d = (sum(1 << bit for bit in used) for used in self.depths)
-        return a, b, c, d
+        a, b, c, d, e, f = (sum(1 << bit for bit in used) for used in self.depths)
+        return a, b, c, d, e, f
 
 
 class Chains:
@@ -244,7 +244,8 @@ class Draft:
         for place, made in self.changes.items():
             if made is not None:
                 bits[_width(place)] |= made.depths
-        return bits[0], bits[1], bits[2], bits[3]
+        a, b, c, d, e, f = bits
+        return a, b, c, d, e, f
 
     def commit(self) -> None:
         """Make it true of the row."""
@@ -270,7 +271,7 @@ class Draft:
 def _width(place: Place) -> int:
     """Return which of Depths a chain counts in."""
     direction, group = place
-    return direction + 2 * (group is not None and group.wide)
+    return direction + 2 * (2 if group is None else group.wide)
 
 
 def _count(used: dict[int, int], bits: int, step: int) -> None:

@@ -8,7 +8,8 @@ of named ports; a new identity finds its selectors by theirs. Both mark kinds as
 partition.py. A pod of unknown labels is a member of a selector of deny rules where it may be one,
 of a selector of allow rules where it must be one. A selector that fits `wide_from` peers or more
 when a rule begins to use it is wide, for that rule and those that come; rules from before keep a
-narrow one. EVERYBODY is always in use, since such rules are common and finding all takes long.
+narrow one. ALWAYS_WIDE are always in use: rules about everybody are common and finding all takes
+long; and every policy lets the host in, which would else be a second probe about each group.
 """
 
 import random
@@ -18,7 +19,7 @@ from ipaddress import ip_network
 from dataplane.objects.cilium_words import CLUSTER_NAME
 from dataplane.objects.names import NamePattern
 from dataplane.objects.policies import Block, ServiceRef
-from dataplane.objects.selectors import CLUSTER, NAMESPACE, equals, exists, selector
+from dataplane.objects.selectors import CLUSTER, NAMESPACE, RESERVED, equals, exists, selector
 from dataplane.policy.kinds import (
     HASH_BITS,
     Group,
@@ -36,7 +37,9 @@ from dataplane.policy.match import LabelIndex, SelectorIndex, certain, holds, po
 from dataplane.policy.names import FIRST, Names
 from dataplane.policy.networks import Networks
 
-EVERYBODY: tuple[What, ...] = (
+HOST_SELECTOR = selector([exists(f"{RESERVED}host")])
+ALWAYS_WIDE: tuple[What, ...] = (
+    Labelled(HOST_SELECTOR),
     *(Labelled(selector([exists(NAMESPACE)]), of_deny) for of_deny in (False, True)),
     *(Labelled(selector([equals(CLUSTER, CLUSTER_NAME)]), of_deny) for of_deny in (False, True)),
     *(Block(ip_network(cidr)) for cidr in ("0.0.0.0/0", "::/0")),
@@ -69,7 +72,7 @@ class Selection:
         self.resolve: Callable[[ServiceRef], Iterable[tuple[int, int]]] = lambda _: ()
         self._idle: set[Selected] = set()
         self._unheld: set[Identity | Ports] = set()
-        for what in EVERYBODY:
+        for what in ALWAYS_WIDE:
             self._make(what, wide=True).refs += 1
 
     # --- identities and named ports ---------------------------------------------------------------

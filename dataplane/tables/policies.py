@@ -32,11 +32,11 @@ GROUP_MASK, WIDE_SHIFT = 0xFFFFFFFF, 32  # of struct peer's groups
 ALLOW, DENY = CONST["POLICY_ALLOW"], CONST["POLICY_DENY"]
 _POLICY_WORDS = (
     "ingress_depths", "egress_depths", "ingress_wide_depths", "egress_wide_depths",
-    "ingress_otherwise", "egress_otherwise", "flags",
+    "ingress_any_depths", "egress_any_depths", "ingress_otherwise", "egress_otherwise", "flags",
 )  # fmt: skip
 
-Depths = tuple[int, int, int, int]  # of groups by direction, of wide groups by direction
-NO_DEPTHS: Depths = (0, 0, 0, 0)
+Depths = tuple[int, int, int, int, int, int]  # of groups, of wide groups, of any; by direction
+NO_DEPTHS: Depths = (0, 0, 0, 0, 0, 0)
 
 
 def _word(groups: tuple[int, int]) -> int:

@@ -56,7 +56,7 @@ def entry(shm, key: int, match: int) -> int:
 
 
 def chain(shm, row: int, group: int, direction: int, protocol: int, port: int, kind="") -> int:
-    """Verdict word of one chain, 0 when it says nothing. kind: "wide_" of a wide group."""
+    """Verdict word of one chain, 0 when it says nothing. kind: wide_, any_ or nothing."""
     depths = int(shm.policies[row][("ingress_", "egress_")[direction] + kind + "depths"])
     for depth in range(16, -1, -1):
         if depths >> depth & 1:
@@ -89,7 +89,7 @@ def ask(shm, row: int, groups: tuple[int, int], direction: int, protocol: int, p
     for group, kind in zip(groups, ("", "wide_"), strict=True):
         if group:
             words.append(chain(shm, row, group, direction, protocol, port, kind))
-    words.append(chain(shm, row, 0, direction, protocol, port))
+    words.append(chain(shm, row, 0, direction, protocol, port, "any_"))
     for action in (DENY, ALLOW):
         for word in words:
             if word & 3 == action:

@@ -201,8 +201,8 @@ def test_what_stands_is_read_back(shm):
     assert not writer.map(4, 0x0A000001, 32, row)
     assert writer.map(6, 1, 128, row)
     assert writer.map_identity(300, row)
-    assert writer.set_policy(policy, (1, 2, 0, 0), (3, 4), 1)
-    assert not writer.set_policy(policy, (1, 2, 0, 0), (3, 4), 1)
+    assert writer.set_policy(policy, (1, 2, 0, 0, 0, 0), (3, 4), 1)
+    assert not writer.set_policy(policy, (1, 2, 0, 0, 0, 0), (3, 4), 1)
     assert writer.set_subject(9, 1234, policy)
     assert naive.peer_of(shm, "10.0.0.1") == naive.peer_of(shm, "::1") == row
     again = PolicyWriter(shm)
@@ -240,9 +240,10 @@ def test_a_writer_that_died_is_repaired(shm):
 def test_depths_are_widened_before_and_narrowed_after(shm):
     writer = PolicyWriter(shm)
     row = writer.policies.take()
-    writer.set_policy(row, (1, 0, 0, 2), (ALLOW, DENY), 0)
-    writer.widen(row, (4, 8, 16, 32))
+    writer.set_policy(row, (1, 0, 0, 2, 0, 0), (ALLOW, DENY), 0)
+    writer.widen(row, (4, 8, 16, 32, 0, 64))
     assert (shm.policies[row]["ingress_depths"], shm.policies[row]["egress_depths"]) == (5, 8)
     wide = shm.policies[row]["ingress_wide_depths"], shm.policies[row]["egress_wide_depths"]
     assert wide == (16, 34)
+    assert int(shm.policies[row]["egress_any_depths"]) == 64
     assert int(shm.policies[row]["egress_otherwise"]) == DENY
