@@ -23,18 +23,23 @@ from stat import S_ISREG
 from typing import Any
 from weakref import ref
 
-from watchfiles import awatch
+from asyncinotify import Inotify, Mask
 
 from dataplane.control.lastgood import LastGood
 from dataplane.control.manifests import Found, Refused, objects
 from dataplane.objects.collect import Objects, Since
 
 SUFFIXES = (".yaml", ".yml", ".json")
-STEP_MS = 5  # events that come together are looked at together
-DEBOUNCE_MS = 20  # but no event waits longer than that
-QUIET_MS = 5000  # without an event the folder is looked at so often
+STEP_S = 0.005  # events that come together are looked at together
+GATHER_S = 0.02  # but no event waits longer than that
+QUIET_S = 5.0  # without an event the folder is looked at so often
 ABSENT_S = 1.0  # and a folder that is not there yet
 SETTLE_S = 0.1
+
+WATCHED = (
+    Mask.CREATE | Mask.MODIFY | Mask.CLOSE_WRITE | Mask.ATTRIB | Mask.MOVE | Mask.DELETE
+    | Mask.DELETE_SELF | Mask.MOVE_SELF
+)  # fmt: skip
 
 Mark = tuple[int, int, int]  # time, size, inode: what tells that a file changed
 NO_MARK = (0, 0, 0)
@@ -214,22 +219,31 @@ class FolderSource:
 
     async def _events(self) -> AsyncIterator[set[Path] | None]:
         """Yield which files may have changed, None: all; ends when the folder has gone."""
-        watch = awatch(
-            self.folder,
-            step=STEP_MS,
-            debounce=DEBOUNCE_MS,
-            rust_timeout=QUIET_MS,
-            yield_on_timeout=True,
-            recursive=False,
-        )
-        with contextlib.suppress(FileNotFoundError):
-            async for events in watch:
-                yield {self.folder / Path(path).name for _, path in events} or None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), Inotify() as notes:
+            notes.sync_timeout = 0
+            notes.add_watch(self.folder, WATCHED)
+            while self.folder.is_dir():
+                yield await self._gather(notes)
                 while self._unsettled:
                     await asyncio.sleep(SETTLE_S / 4)
                     yield set(self._unsettled)
-                if not self.folder.is_dir():
-                    return
+
+    async def _gather(self, notes: Inotify) -> set[Path] | None:
+        """Wait for events; return their files, or None: it may be any."""
+        try:
+            events = [await asyncio.wait_for(notes.get(), QUIET_S)]
+        except TimeoutError:
+            return None
+        until = time.monotonic() + GATHER_S
+        while time.monotonic() < until:
+            await asyncio.sleep(STEP_S)
+            fresh = list(notes)
+            events += fresh
+            if not fresh:
+                break
+        if any(event.name is None for event in events):  # the folder itself, or too many events
+            return None
+        return {self.folder / event.name.name for event in events if event.name is not None}
 
 
 def _parse(path: Path) -> tuple[str | None, list[Found], list[Refused]]:

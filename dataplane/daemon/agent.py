@@ -46,6 +46,7 @@ from ipam.service import Ipam
 READY_S = 20.0  # an ADD waits so long for the forwarder to take its port
 SWEEP_S = 60.0  # how often leases of pods that are gone are looked for
 FORWARDER_S = 5.0
+NEWS_S = 0.25  # how often is looked for news while somebody waits for them
 
 log = structlog.get_logger(subsys="agent")
 
@@ -237,7 +238,7 @@ class Agent:
             case "nodes":
                 return [views.node(node) for node in self.objects.nodes.values()]
             case "pods":
-                return self._pods(args.get("known"))
+                return await self._pods(args.get("known"), args.get("wait", 0))
             case "plan":
                 return [str(action) for action in await self.reconciler.plan_only()]
             case "why":
@@ -249,8 +250,14 @@ class Agent:
                 }
         raise ValueError(f"unknown operation {op!r}")
 
-    def _pods(self, known: Any) -> dict[str, Any] | None:
-        """Return all pods with addresses, None when these are the `known` ones still."""
+    async def _pods(self, known: Any, wait: float) -> dict[str, Any] | None:
+        """Return pods with addresses; None when they are the `known` ones for `wait` seconds."""
+        until = time.monotonic() + wait
+        while (found := self._pods_now(known)) is None and time.monotonic() < until:
+            await asyncio.sleep(NEWS_S)
+        return found
+
+    def _pods_now(self, known: Any) -> dict[str, Any] | None:
         attached = tuple(self.endpoints)
         if (self.objects.pods, attached) != self._pods_seen:
             self._pods_seen = (self.objects.pods, attached)

@@ -28,7 +28,8 @@ from dataplane.observe.service import Observer, Peer, Server, credentials
 from dataplane.tables.events import epoch
 from dataplane.tables.shm import Shm
 
-ASK_S, AWAY_S, LOOK_S = 0.25, 2.0, 0.5
+ASK_S, AWAY_S, LOOK_S = 0.1, 2.0, 1.0
+NEWS_S = 1.0  # so long the agent waits for news before it answers that there are none
 
 log = structlog.get_logger(subsys="observer")
 
@@ -64,7 +65,7 @@ class Roster:
         while not self._stop.wait(ASK_S):
             self._names.turn()
             try:
-                answer = call(self._path, "pods", known=self._version)
+                answer = call(self._path, "pods", known=self._version, wait=NEWS_S)
                 if answer:
                     self._version, self._news = answer["version"], answer["pods"]
                     self.peers = self._find_peers()
