@@ -142,7 +142,7 @@ def test_the_address_is_stale(world):
     assert not fetch(world, STORE)
     told = why(world, "myblobstorage.com")
     assert "leads nowhere now" in reason(told)
-    world.resolver.change("myblobstorage.com", f"@ A {NEXT}\nbig A {BIG}\n")
+    world.resolver.change("myblobstorage.com", f"@ 60 A {NEXT}\nbig A {BIG}\n")
     eventually(lambda: ask(world, "myblobstorage.com") == NEXT, "the next address", 20)
     told = why(world, "myblobstorage.com")
     assert f"leads to {NEXT} now" in reason(told)
