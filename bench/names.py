@@ -1,6 +1,7 @@
 """The story's chapter of names: a pod may reach myblobstorage.com, by its DNS, and nothing else.
 
-Rule: real programs only: dnsmasq is kube-dns, curl and dig ask, dnsperf does while the agent dies.
+Rule: real programs only: dnsmasq is kube-dns, curl and dig ask, dnsperf does while the agent dies
+and while the node is upgraded.
 
 Theory. The store is outside the cluster: an address that is on the second node's loopback device
 and that no object knows. Its name is an alias, as names of object stores are. The pod's policy has
@@ -8,9 +9,12 @@ the name and kube-dns; all else is refused where it is asked for, or denied on i
 """
 
 import contextlib
+import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,8 +31,9 @@ STORE = {4: "11.2.0.1", 6: "2001:db8:2::1"}
 OTHER = {4: "11.2.0.9", 6: "2001:db8:2::9"}
 DNS = {4: "10.96.0.53", 6: "fd00:96::53"}
 QUERIES = 2000  # a second
-LOAD_S = 6
 SECONDS = 2
+UPGRADE_S = 120
+PARTS = ("agent", "forwarder", "observer", "dnsproxy")
 
 SERVICE = """
 apiVersion: v1
@@ -127,7 +132,7 @@ class Names:
 
     def dig(self, name: str, kind: str) -> str:
         """Return the status of kube-dns' answer."""
-        words = ["dig", f"@{DNS[4]}", "+time=2", "+tries=2", "+noall", "+comments", name, kind]
+        words = ["dig", f"@{DNS[4]}", "+time=1", "+tries=3", "+noall", "+comments", name, kind]
         found = re.search(r"status: (\w+)", _run(self.pod.namespace.wrap(words)).stdout)
         return found[1] if found else "no answer"
 
@@ -137,26 +142,65 @@ class Names:
         done = _run(self.node.namespace.wrap(words))
         return f"{done.stdout}{done.stderr}".strip()
 
-    def load(self) -> str:
+    def killed(self) -> str:
         """Ask all the time while the agent is killed; return how many queries were lost."""
+        with self._load() as found:
+            killed = self.node.kill_agent()
+            eventually(lambda: self.node.pid("agent") not in (0, killed), "another agent", 30)
+            time.sleep(SECONDS)
+        return "none lost" if found["lost"] == 0 else f"{found['lost']} of {found['sent']} lost"
+
+    def upgraded(self) -> tuple[str, str]:
+        """Ask all the time while every process is started anew.
+
+        Return what clients that ask again have met, and what dnsperf, which asks once, has lost.
+        """
+        before = {part: self.node.pid(part) for part in PARTS}
+        failed: set[str] = set()
+        with self._load() as found:
+            os.kill(self.node.process.pid, signal.SIGHUP)  # type: ignore[union-attr]
+            left = time.monotonic() + UPGRADE_S
+            while any(self.node.pid(part) in (0, before[part]) for part in PARTS):
+                for name, wanted in ((NAME, "NOERROR"), (OTHER_NAME, "REFUSED")):
+                    status = self.dig(name, "A")
+                    failed |= {f"{name}: {status}"} - {f"{name}: {wanted}"}
+                if time.monotonic() > left:
+                    failed.add(f"not done in {UPGRADE_S} s")
+                    break
+            time.sleep(SECONDS)
+        once = f"{found['lost']} of {found['sent']} lost"
+        return ", ".join(sorted(failed)) or "none failed", once
+
+    @contextlib.contextmanager
+    def _load(self) -> Iterator[dict[str, int]]:
+        """dnsperf at QUERIES a second for the body; afterwards the counts of sent and lost."""
         queries = self.node.folder / "queries"
         queries.write_text(f"{NAME} A\n{NAME} AAAA\n" * 50)
-        words = ["dnsperf", "-s", DNS[4], "-d", str(queries), "-Q", str(QUERIES), "-l", str(LOAD_S)]
+        words = ["dnsperf", "-s", DNS[4], "-d", str(queries), "-Q", str(QUERIES), "-q", "20000"]
         asking = subprocess.Popen(
-            self.pod.namespace.wrap(words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
+            self.pod.namespace.wrap([*words, "-l", "300"]), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            asking.wait(LOAD_S / 3)
-        killed = self.node.kill_agent()
-        said, _ = asking.communicate(timeout=60)
-        eventually(lambda: self.node.pid("agent") not in (0, killed), "another agent", 30)
-        sent = re.search(r"Queries sent:\s+(\d+)", said)
-        lost = re.search(r"Queries lost:\s+(\d+)", said)
-        refused = re.search(r"Response codes:\s+NOERROR \d+ \(100\.00%\)", said)
-        if not sent or not lost or int(sent[1]) < QUERIES:
-            return said.strip()[-200:]
-        return "none lost" if lost[1] == "0" and refused else f"{lost[1]} of {sent[1]} lost"
+        found: dict[str, int] = {}
+        try:
+            time.sleep(SECONDS)
+            yield found
+        finally:
+            asking.send_signal(signal.SIGINT)  # it waits for answers, then says what it has seen
+            said, _ = asking.communicate(timeout=60)
+        for word in ("sent", "lost"):
+            count = re.search(rf"Queries {word}:\s+(\d+)", said)
+            if count is None:
+                raise LabError(f"dnsperf has not counted: {said[-400:]}")
+            found[word] = int(count[1])
+        if not re.search(r"Response codes:\s+NOERROR \d+ \(100\.00%\)", said):
+            raise LabError(f"dnsperf got other answers than NOERROR: {said[-400:]}")
+
+    def observed(self) -> str:
+        """Return how the product shows the pod's denied packets."""
+        pod = f"{self.pod.spec.namespace}/{self.pod.name}"
+        which = ("--pod", pod, "--verdict", "DROPPED", "--last", "2")
+        return self.node.command("observe", *which, "--print-policy-names").strip()
 
 
 def chapter(names: Names) -> Iterator[tuple[str, str, str, str]]:
@@ -173,8 +217,13 @@ def chapter(names: Names) -> Iterator[tuple[str, str, str, str]]:
     said = names.why()
     seen = "may not ask" if f"the pod may not ask for {OTHER_NAME}" in said else said
     yield "why refused", f"penstock fqdn why {OTHER_NAME}", "may not ask", seen
+    seen = "default/genai" if "CiliumNetworkPolicy default/genai" in names.observed() else "no flow"
+    yield "denied packets name it", "penstock observe --verdict DROPPED", "default/genai", seen
     command = f"{who} dnsperf -Q {QUERIES}; kill -9 AGENT"
-    yield "the agent dies under load", command, "none lost", names.load()
+    yield "the agent dies under load", command, "none lost", names.killed()
+    seen, once = names.upgraded()
+    command = f"{who} dig; kill -HUP SUPERVISOR (dnsperf asks once: {once})"
+    yield "upgraded under load", command, "none failed", seen
 
 
 def _until(look: Any, wanted: str) -> str:

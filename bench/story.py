@@ -77,7 +77,7 @@ class Step:
 class Story:
     """The shop of a cluster with two nodes of two pods each."""
 
-    length = 18  # steps
+    length = 20  # steps
 
     def __init__(self, cluster: Cluster) -> None:
         """Label the pods; nothing else is changed yet."""
@@ -85,7 +85,7 @@ class Story:
         (web1, self.client), (web2, self.stranger) = (node.pods for node in cluster.nodes)
         self.web = (web1, web2)
         self.steps: list[Step] = []
-        self.explained = self.refused = ""
+        self.explained = self.refused = self.observed = ""
         for pod in self.web:
             pod.announce({"app": "web"})
         self.client.announce({"role": "client"})
@@ -117,12 +117,16 @@ class Story:
         for step in self.steps:
             result = Text("ok", "green") if step.passed else Text("failed", "red")
             found.add_row(*map(Text, (step.what, step.command, step.seen)), result)
-        title = "penstock policy why"
-        panel = Panel(Text(self.explained), title=title, title_align="left", box=ROUNDED)
-        refused = Panel(
-            Text(self.refused), title="penstock fqdn why", title_align="left", box=ROUNDED
-        )
-        return Group(found, panel, refused)
+        said = {
+            "penstock policy why": self.explained,
+            "penstock fqdn why": self.refused,
+            "penstock observe": self.observed,
+        }
+        panels = [
+            Panel(Text(text), title=title, title_align="left", box=ROUNDED)
+            for title, text in said.items()
+        ]
+        return Group(found, *panels)
 
     def service(self) -> Iterator[Step]:
         """A ClusterIP in both families."""
@@ -172,6 +176,7 @@ class Story:
             for step in names.chapter(there):
                 yield Step(*step)
             self.refused = there.why()
+            self.observed = there.observed()
         finally:
             there.close()
 

@@ -6,17 +6,22 @@ Theory. A program stays on an uplink, and the flow table in the kernel, while so
 open. If that were the forwarder alone, established flows would end with it. So it sends its
 descriptors to its supervisor (SCM_RIGHTS, unix(7)), which does nothing with them but to hand them
 to the next forwarder, as systemd's file descriptor store does. When the supervisor ends as well,
-the kernel closes them: nothing stays on an uplink.
+the kernel closes them: nothing stays on an uplink. In an upgrade the next one is started while its
+predecessor still forwards, and waits for its turn (Gate, Turn) when it has prepared what takes
+long; what is kept is given to it then, as it stands at that moment.
 """
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Mapping
 
 CHANNEL, KEPT = "PENSTOCK_STORE", "PENSTOCK_KEPT"  # environment of the forwarder
+TURN = "PENSTOCK_TURN"
 KEEP, DROP = b"+", b"-"
 NAME_MAX = 64
+KEPT_MAX = 250  # descriptors in one message: SCM_MAX_FD is 253
 
 
 class Store:
@@ -53,6 +58,67 @@ class Store:
         kept = " ".join(f"{name}={fd}" for name, fd in self._kept.items())
         channel = self._theirs.fileno()
         return {CHANNEL: str(channel), KEPT: kept}, [channel, *self._kept.values()]
+
+    def given(self) -> tuple[list[str], list[int]]:
+        """Return the names of what is kept now, and its descriptors."""
+        self.take_in()
+        return list(self._kept), list(self._kept.values())
+
+
+class Gate:
+    """The supervisor's side of a successor's waiting."""
+
+    def __init__(self) -> None:
+        """Make the channel; the child's end goes to the child."""
+        self._mine, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._mine.setblocking(False)
+
+    def inheritance(self) -> tuple[dict[str, str], list[int]]:
+        """Return the environment and the descriptors that the child starts with."""
+        return {TURN: str(self._theirs.fileno())}, [self._theirs.fileno()]
+
+    async def prepared(self) -> bool:
+        """Wait until the child, which has been started, is prepared; False: it has ended."""
+        self._theirs.close()
+        return bool(await asyncio.get_running_loop().sock_recv(self._mine, NAME_MAX))
+
+    def open(self, store: Store) -> None:
+        """Let the child begin, with what is kept now; a child that has died does not matter."""
+        names, fds = store.given()
+        with contextlib.suppress(OSError):
+            socket.send_fds(self._mine, [" ".join(names).encode() or b" "], fds)
+
+    def close(self) -> None:
+        """Let go of the channel: a child that still waits ends."""
+        self._mine.close()
+
+
+class Turn:
+    """The successor's side; who was not started beside a predecessor has no turn to wait for."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        """environment: where the supervisor says that there is a predecessor."""
+        channel = environment.get(TURN, "")
+        self._channel = socket.socket(fileno=int(channel)) if channel else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether a predecessor still works."""
+        return self._channel is not None
+
+    def wait(self, handover: "Handover") -> None:
+        """Say that all is prepared and return when it is time. Raises EOFError: there is none.
+
+        handover: takes what is kept now.
+        """
+        if self._channel is None:
+            return
+        self._channel.send(b"prepared")
+        message, fds, _, _ = socket.recv_fds(self._channel, KEPT_MAX * NAME_MAX, KEPT_MAX)
+        self._channel.close()
+        if not message:
+            raise EOFError("the predecessor goes on")
+        handover.kept = dict(zip(message.decode().split(), fds, strict=True))
 
 
 class Handover:

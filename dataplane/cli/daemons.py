@@ -50,12 +50,11 @@ def agent(config: Any, path: Path | None) -> None:
 def forwarder(config: Any, path: Path | None) -> None:
     """Run the forwarder alone."""
     from dataplane.daemon import forwarder as process
-    from dataplane.daemon.lock import hold
 
     _setup(config)
-    with hold(config.run_dir / "forwarder.lock"):
-        status = process.main(config)
-    sys.exit(status)
+    status = process.main(config)
+    sys.stdout.flush()
+    os._exit(status)  # the interpreter's own end takes a second, for which a successor would wait
 
 
 @click.command()

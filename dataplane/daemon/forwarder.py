@@ -3,7 +3,8 @@
 Rule: it needs nothing but the tables in shared memory; an agent that is away changes nothing.
 
 Theory. At its start it maps RUN_DIR/shm (waiting for the agent's very first run), reserves the
-UMEM, starts the workers, opens the ports of the table and serves RUN_DIR/forwarder.sock. The
+UMEM, starts the workers, opens the ports of the table and serves RUN_DIR/forwarder.sock. A
+successor does what takes long (kernels, memory, programs) while its predecessor still works. The
 agent's `sync` makes it follow the port table at once; without an agent it looks once a second, the
 same turn in which it beats the heart of the steering map and sets dead devices aside.
 """
@@ -12,6 +13,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ import numpy as np
 
 from dataplane.control.config import Config
 from dataplane.control.jsonl import serve
+from dataplane.daemon.lock import hold
 from dataplane.daemon.log import get_logger
-from dataplane.engine import flowtable
+from dataplane.engine import flowtable, warm
 from dataplane.engine.conntrack import WARN_PERCENT, Conntrack
 from dataplane.engine.frontends import SteeredFrontends
 from dataplane.engine.names import Names
@@ -33,35 +36,57 @@ from dataplane.tables.connection_view import NUMBERS, Select
 from dataplane.tables.shm import Shm
 from xdp import artifacts
 from xdp.abi import CONST, DTYPE
-from xdp.handover import Handover
+from xdp.handover import Handover, Turn
 from xdp.object import BpfObject, ObjectSpec
 from xdp.umem import Umem
 
 TURN_S = 1.0  # heartbeat and device check
 COMPILE_S = 300.0
+FRAMES = 16384  # where the agent has not said
 STALL_S = 5.0  # a worker silent for longer is reported as hanging, and the heart stops
 
 log = get_logger("forwarder")
 
 
+class Ground:
+    """What a forwarder stands on: memory for packets, and programs that the kernel has checked.
+
+    It takes half a second, and a predecessor may work meanwhile.
+    """
+
+    def __init__(self, shm: Shm, kept: Mapping[str, int]) -> None:
+        """kept: what that predecessor leaves. Raises XdpError."""
+        node = shm.node[0]
+        slots = int(node["flow_slots"])
+        self.umem = Umem(int(node["frame_count"]) or FRAMES)
+        self.taken = flowtable.taken(kept, slots)
+        spec = ObjectSpec.load(artifacts.find("penstock.bpf.o"))
+        self.bpf = BpfObject(spec, flowtable.sizes(slots), self.taken)
+        self._maps = flowtable.identities(kept)
+        self._node = (slots, int(node["frame_count"]))
+
+    def holds(self, shm: Shm, kept: Mapping[str, int]) -> bool:
+        """Return whether it is still the ground for these tables, and for what is left now."""
+        node = shm.node[0]
+        asked = (int(node["flow_slots"]), int(node["frame_count"]))
+        return self._node == asked and self._maps == flowtable.identities(kept)
+
+
 class Forwarder:
     """Workers, sockets and programs over the tables of one node."""
 
-    def __init__(self, shm: Shm, run_dir: Path, state_dir: Path, handover: Handover) -> None:
-        """Reserve frames, load the programs, start the workers. Raises XdpError.
+    def __init__(
+        self, shm: Shm, run_dir: Path, state_dir: Path, handover: Handover, ground: Ground
+    ) -> None:
+        """Start the workers on their ground. Raises XdpError.
 
         handover: what a predecessor has left, and where to leave it.
         """
         node = shm.node[0]
         count = max(1, int(node["workers"]))
-        frame_count = int(node["frame_count"]) or 16384
-        self.shm = shm
-        self.umem = Umem(frame_count)
-        self.handover = handover
         slots = int(node["flow_slots"])
-        taken = flowtable.taken(handover.kept, slots)
-        spec = ObjectSpec.load(artifacts.find("penstock.bpf.o"))
-        self.bpf = BpfObject(spec, flowtable.sizes(slots), taken)
+        self.shm, self.handover = shm, handover
+        self.umem, self.bpf, taken = ground.umem, ground.bpf, ground.taken
         row = self.bpf.maps["steering"].mmap(DTYPE["steering"])
         self.steering = Steering(row, run_dir / "shm" / FILE, int(node["watchdog_ms"]))
         shm.worker_stats[:] = 0
@@ -75,7 +100,7 @@ class Forwarder:
             handover.keep(name, self.bpf.maps[name].fd)
         nat_ports = self.bpf.maps["nat_ports"].mmap(np.dtype("<u8")).view("<u4")
         self.conntrack = Conntrack(shm, nat_ports, count, self.table.flows)
-        bases = np.arange(frame_count, dtype=np.int64) * CONST["FRAME_STRIDE"]
+        bases = np.arange(self.umem.frame_count, dtype=np.int64) * CONST["FRAME_STRIDE"]
         self.workers = [
             Worker(
                 number,
@@ -238,12 +263,25 @@ async def _wait_for_tables(run_dir: Path) -> Shm:
 
 
 def main(config: Config) -> int:
-    """Run until SIGTERM; return the exit status."""
+    """Run until SIGTERM; return the exit status. A successor waits for its predecessor's end."""
+    handover, turn = Handover(), Turn()
     shm = asyncio.run(_wait_for_tables(config.run_dir))
-    forwarder = Forwarder(shm, config.run_dir, config.state_dir, Handover())
-    try:
-        forwarder.sync()
-        asyncio.run(_serve(forwarder, config))
-    finally:
-        forwarder.close(keep_pods=True)
+    ground = None
+    if turn.waits:
+        warm.load()
+        ground = Ground(shm, handover.kept)
+        try:
+            turn.wait(handover)
+        except EOFError as error:
+            log.info("not needed", why=str(error))
+            return 0
+    with hold(config.run_dir / "forwarder.lock"):
+        if ground is None or not ground.holds(shm, handover.kept):
+            ground = Ground(shm, handover.kept)
+        forwarder = Forwarder(shm, config.run_dir, config.state_dir, handover, ground)
+        try:
+            forwarder.sync()
+            asyncio.run(_serve(forwarder, config))
+        finally:
+            forwarder.close(keep_pods=True)
     return 0

@@ -9,8 +9,10 @@ supervisor ends with it. The forwarder's heartbeat is in shared memory: a forwar
 for too long hangs and is killed (the uplink has passed to the kernel meanwhile: steering.py). Only
 beats of the process that runs now count: one that still compiles its kernels has not hung. SIGHUP
 starts the children anew, one after the other: an upgrade in place. What a forwarder leaves to the
-next one is kept here (xdp/handover.py), so established flows do not notice. Children get SIGKILL
-when the supervisor dies (PR_SET_PDEATHSIG), so no forwarder runs without its supervisor.
+next one is kept here (xdp/handover.py), so established flows do not notice; all else waits for a
+quarter of a second, since the next one is prepared before the old one ends. One that cannot start
+leaves the old one at work. Children get SIGKILL when the supervisor dies (PR_SET_PDEATHSIG), so no
+forwarder runs without its supervisor.
 """
 
 import asyncio
@@ -30,7 +32,7 @@ from dataplane.control.jsonl import RemoteError, Unreachable, acall
 from dataplane.daemon.lock import hold
 from dataplane.daemon.notify import EX_CONFIG, notify
 from dataplane.tables.shm import Shm
-from xdp.handover import Store
+from xdp.handover import Gate, Store
 
 PAUSES_S = (0.1, 0.2, 0.5, 1, 2, 5, 10)
 STEADY_S = 10.0  # a child that lived so long has not failed at its start
@@ -41,6 +43,7 @@ HANG_S = 6.0  # least silence that means hanging: a worker says something each s
 log = structlog.get_logger(subsys="run")
 PR_SET_PDEATHSIG = 1
 RENEWED_S = 60.0  # a child that does not answer by then does not hold up the others
+PREPARED_S = 600.0  # the next one may compile its kernels first
 SOCKETS = {"agent": "api.sock", "forwarder": "forwarder.sock"}
 
 
@@ -59,6 +62,7 @@ class Child:
         if config is not None:
             self._command += ["--config", str(config)]
         self.process: asyncio.subprocess.Process | None = None
+        self._next: asyncio.subprocess.Process | None = None
         self.started = 0.0
         self.status = 0
 
@@ -67,12 +71,14 @@ class Child:
         failures = 0
         while not stop.is_set():
             self.started = time.monotonic()
-            self.process = await self._spawn()
+            self.process, self._next = self._next or await self._spawn(), None
             if stop.is_set():  # it came between the question and the start
                 await self.end()
             self.status = await self.process.wait()
             if stop.is_set():
                 return
+            if self._next is not None:
+                continue
             if self.status == EX_CONFIG:
                 log.error("not restarted: the configuration must change", process=self.name)
                 stop.set()
@@ -84,23 +90,53 @@ class Child:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), pause)
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
+    async def _spawn(self, gate: Gate | None = None) -> asyncio.subprocess.Process:
         more, fds = self._store.inheritance() if self._store else ({}, [])
+        if gate is not None:
+            waits, channel = gate.inheritance()
+            more, fds = more | waits, fds + channel
         return await asyncio.create_subprocess_exec(
             *self._command, preexec_fn=_die_with_parent, env=os.environ | more, pass_fds=fds
         )
 
+    async def renew(self) -> None:
+        """Put the next process in the place of this one, prepared beside it where it leaves much.
+
+        One that does not get so far leaves this one at work.
+        """
+        if self._store is None:
+            await self.end()
+            return
+        gate = Gate()
+        successor = await self._spawn(gate)
+        try:
+            if await asyncio.wait_for(gate.prepared(), PREPARED_S):
+                self._next = successor
+                await self.end()
+                gate.open(self._store)
+                return
+        except TimeoutError:
+            await _end(successor, self.name)
+        finally:
+            gate.close()  # who still waits for its turn ends
+        log.error("the next one does not start: this one goes on", process=self.name)
+
     async def end(self) -> None:
         """SIGTERM, and SIGKILL when that is not enough."""
-        if self.process is None or self.process.returncode is not None:
-            return
-        self.process.terminate()
-        try:
-            await asyncio.wait_for(self.process.wait(), STOP_S)
-        except TimeoutError:
-            log.warning("killing", process=self.name)
-            self.process.kill()
-            await self.process.wait()
+        if self.process is not None:
+            await _end(self.process, self.name)
+
+
+async def _end(process: asyncio.subprocess.Process, name: str) -> None:
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), STOP_S)
+    except TimeoutError:
+        log.warning("killing", process=name)
+        process.kill()
+        await process.wait()
 
 
 def silent_for(shm: Shm, since: float) -> float:
@@ -158,7 +194,7 @@ async def _upgrade(config: Config, asked: asyncio.Event, children: Iterable[Chil
         asked.clear()
         for child in children:
             log.info("starting anew", process=child.name)
-            await child.end()
+            await child.renew()
             if child.name in SOCKETS:
                 with contextlib.suppress(TimeoutError):
                     answers = _answers(config.run_dir / SOCKETS[child.name])

@@ -57,6 +57,11 @@ def taken(kept: Mapping[str, int], slots: int) -> dict[str, int]:
     return {name: entry.fd for name, entry in maps.items()}
 
 
+def identities(kept: Mapping[str, int]) -> dict[str, int]:
+    """Return the kernel's numbers of the maps among what is kept, by name."""
+    return {name: Map.taken(kept[name]).id for name in MAPS if name in kept}
+
+
 class FlowTable:
     """Entries, hops and devices of one forwarder."""
 

@@ -8,10 +8,13 @@ pod or the host port the program is attached by netlink, so it stays when the fo
 pod's packets are dropped until the next forwarder takes over (fail closed), which attaches its own
 program in the place of the old. On an uplink it is a bpf_link, which the supervisor keeps for the
 next forwarder (xdp/handover.py) and which vanishes with it. The order when opening is sockets, then
-map entries, then program; when closing, the reverse.
+map entries, then program; when closing, the reverse. Both are mostly waiting for the kernel, so
+many ports are opened or closed side by side.
 """
 
 import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,6 +34,7 @@ from xdp.xsk import Xsk
 PORT_UPLINK = value("PORT_UPLINK")
 PORT_ACTIVE = value("PORT_ACTIVE")
 QUEUES_MAX = CONST["QUEUES_MAX"]
+AT_ONCE = 16  # ports that are opened or closed
 UPLINK = "uplink:"  # and the ifindex: name of a link in the handover
 
 
@@ -99,9 +103,12 @@ class Ports:
             row = wanted.get(index)
             if row is None or port.error or _identity(row) != _identity_of(port):
                 self._close(port)
-        for index, row in wanted.items():
-            if index not in self._open:
-                self._open[index] = self._start(index, row)
+        fresh = [
+            self._enter(OpenPort(index, *_identity(row)))
+            for index, row in wanted.items()
+            if index not in self._open
+        ]
+        _side_by_side(self._start, [port for port in fresh if not port.error])
         for name in [name for name in self._handover.kept if name.startswith(UPLINK)]:
             self._kept(name).detach()  # nobody's uplink any more
             self._handover.drop(name)
@@ -128,28 +135,35 @@ class Ports:
     def close(self, keep_pods: bool) -> None:
         """Close all. With keep_pods the pods' programs stay attached: what is not in the flow
         table drops (fail closed); and the uplinks' where another process keeps them."""
-        for port in list(self._open.values()):
-            self._close(port, detach=not keep_pods)
+        _side_by_side(partial(self._close, detach=not keep_pods), list(self._open.values()))
 
-    def _start(self, index: int, row: np.void) -> OpenPort:
-        port = OpenPort(index, *_identity(row))
+    def _enter(self, port: OpenPort) -> OpenPort:
+        """Give a port its place in the XSKMAP."""
+        workers = len(self._workers)
+        try:
+            if not workers <= port.queue_count <= QUEUES_MAX:
+                raise RuntimeError(
+                    f"{port.queue_count} queues for {workers} workers, at most {QUEUES_MAX}: "
+                    f"set forwarder.workers to {max(1, min(port.queue_count, QUEUES_MAX))} "
+                    f"or change the queues (ethtool -L {port.name} combined {workers})"
+                )
+            port.base = self._reserve(port)
+        except RuntimeError as error:
+            port.error = f"port {port.name}: {error}"
+        self._open[port.index] = port
+        return port
+
+    def _start(self, port: OpenPort) -> None:
         try:
             self._open_sockets(port)
             self._attach(port)
         except (XdpError, OSError, RuntimeError) as error:
             self._close(port)
             port.error = f"port {port.name}: {error}"
-        return port
+            self._open[port.index] = port
 
     def _open_sockets(self, port: OpenPort) -> None:
         workers = len(self._workers)
-        if not workers <= port.queue_count <= QUEUES_MAX:
-            raise RuntimeError(
-                f"{port.queue_count} queues for {workers} workers, at most {QUEUES_MAX}: "
-                f"set forwarder.workers to {max(1, min(port.queue_count, QUEUES_MAX))} "
-                f"or change the queues (ethtool -L {port.name} combined {workers})"
-            )
-        port.base = self._reserve(port)
         for queue in range(port.queue_count):
             worker = self._workers[queue % workers]
             xsk = Xsk(self._umem, port.ifindex, queue)
@@ -237,6 +251,12 @@ def _identity(row: np.void) -> tuple[str, int, int, int]:
 
 def _identity_of(port: OpenPort) -> tuple[str, int, int, int]:
     return port.name, port.kind, port.ifindex, port.queue_count
+
+
+def _side_by_side(action: Callable[[OpenPort], None], ports: list[OpenPort]) -> None:
+    """Do the same for many ports: each waits for the kernel (RCU) for some ten milliseconds."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(action, ports))
 
 
 def _ignore(action: Any) -> None:

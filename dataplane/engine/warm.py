@@ -22,7 +22,7 @@ import numpy as np
 SECOND = "--second"  # argument of the second process
 
 
-def _jobs(second: bool) -> list[tuple[str, Callable[[], object]]]:
+def _jobs(second: bool, load: bool = False) -> list[tuple[str, Callable[[], object]]]:
     from dataplane.engine import loop
     from dataplane.engine.conntrack import NAT_PORTS, Conntrack
     from dataplane.engine.judge import Judge
@@ -66,18 +66,31 @@ def _jobs(second: bool) -> list[tuple[str, Callable[[], object]]]:
     ]
     if second:
         return [*beside, ("the scratch files away", scratch.cleanup)]
+    last = [
+        ("the worker's loop", lambda: loop.run(*worker.arguments)),
+        ("the scratch files away", scratch.cleanup),
+    ]
+    if load:
+        return [*kernels, *last]
     other = subprocess.Popen([sys.executable, "-m", "dataplane.engine.warm", SECOND])
     return [
         *kernels,
         ("names, beside them", lambda: _finish(other)),
-        ("the worker's loop", lambda: loop.run(*worker.arguments)),
-        ("the scratch files away", scratch.cleanup),
+        *last,
     ]
 
 
 def _finish(other: subprocess.Popen[bytes]) -> None:
     if other.wait():
         raise SystemExit("compiling the kernels failed: see above")
+
+
+def load() -> None:
+    """Take every kernel into this process, compiling what is missing."""
+    main()
+    for second in (True, False):
+        for _, job in _jobs(second, load=True):
+            job()
 
 
 def main() -> int:

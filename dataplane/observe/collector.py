@@ -4,8 +4,10 @@ Rule: one thread writes directory and store; whoever asks only reads, and never 
 
 Theory. Every POLL_S (IDLE_S when nothing comes) the rings are copied, spread over columns, joined
 by time, and given the numbers of their pods. A pod's name may come later than its first packets, so
-what came lately is named once more when the directory has changed. Questions that follow wait for a
-condition. What the rings have lost is kept as numbers with the time at which that was seen.
+what came lately is named once more when the directory has changed. What an observer finds in the
+rings when it starts is named by the pods that it is told of first: addresses rest before they are
+another's. Questions that follow wait for a condition. What the rings have lost is kept as numbers
+with the time at which that was seen.
 """
 
 import threading
@@ -61,6 +63,7 @@ class Collector:
         self.started_ns = time.time_ns()
         self.sinks: list[Callable[[Columns], None]] = []  # get what comes, named
         self._held: dict[Address, End] = {}
+        self._known = False
         self._seen: deque[tuple[float, int]] = deque()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
@@ -146,7 +149,8 @@ class Collector:
         self._held = fresh
         oldest = next(self.store.oldest(), None)
         self.directory.forget(int(oldest.wall_ns[0]) if oldest is not None else now)
-        self._name_late(now - LATE_NS)
+        self._name_late(now - LATE_NS if self._known else 0)
+        self._known = True
 
     def _name_late(self, since_ns: int) -> None:
         for part in self.store.newest():

@@ -52,7 +52,7 @@ class World:
         self.forwarder = None
 
     def start(self) -> None:
-        from dataplane.daemon.forwarder import Forwarder
+        from dataplane.daemon.forwarder import Forwarder, Ground
         from dataplane.tables.model import Adjacency, Port
         from dataplane.tables.shm import Shm
         from dataplane.tables.writer import TableWriter
@@ -98,7 +98,9 @@ class World:
         )
         with inside(self.node):
             state = self.run_dir / "state"
-            self.forwarder = Forwarder(self.shm, self.run_dir, state, Handover({}))
+            self.forwarder = Forwarder(
+                self.shm, self.run_dir, state, Handover({}), Ground(self.shm, {})
+            )
             ports = self.forwarder.sync()
         assert all(port["ready"] for port in ports), [port["error"] for port in ports]
 

@@ -16,6 +16,7 @@ from dataplane.control.jsonl import serve
 from dataplane.daemon import supervisor
 from dataplane.daemon.notify import EX_CONFIG
 from tests.unit.test_daemon_parts import Listener
+from xdp.handover import Store
 
 LIMIT_S = 60
 
@@ -88,6 +89,58 @@ def test_one_that_fails_again_and_again_waits_longer(tmp_path, monkeypatch):
 
     asyncio.run(body())
     assert waited == [0.002, 0.004, 0.004, 0.004]
+
+
+SUCCEEDS = """
+from xdp.handover import Handover, Turn
+signal.signal(signal.SIGTERM, lambda *_: (say('one ends'), sys.exit(0)))
+turn = Turn()
+if turn.waits: say('next prepares')
+turn.wait(Handover({}))
+say('one starts')
+while True: time.sleep(60)
+"""
+
+
+def test_the_next_one_is_prepared_before_the_old_one_ends(tmp_path):
+    one = child(tmp_path, SUCCEEDS)
+    one._store = Store()
+
+    async def body():
+        stop = asyncio.Event()
+        keeper = asyncio.create_task(one.keep(stop))
+        await until(lambda: said(tmp_path))
+        first = one.process.pid
+        await asyncio.wait_for(one.renew(), LIMIT_S)
+        await until(lambda: said(tmp_path)[-1] == "one starts" and len(said(tmp_path)) == 4)
+        assert one.process.pid != first
+        stop.set()
+        await one.end()
+        await keeper
+
+    asyncio.run(body())
+    assert said(tmp_path) == ["one starts", "next prepares", "one ends", "one starts", "one ends"]
+
+
+def test_a_next_one_that_does_not_start_leaves_the_old_one_at_work(tmp_path):
+    one = child(tmp_path, SUCCEEDS)
+    one._store = Store()
+
+    async def body():
+        stop = asyncio.Event()
+        keeper = asyncio.create_task(one.keep(stop))
+        await until(lambda: said(tmp_path))
+        first = one.process.pid
+        one._command = [sys.executable, "-c", "raise SystemExit(1)"]
+        await asyncio.wait_for(one.renew(), LIMIT_S)
+        assert one.process.pid == first
+        assert alive(first)
+        stop.set()
+        await one.end()
+        await keeper
+
+    asyncio.run(body())
+    assert said(tmp_path) == ["one starts", "one ends"]
 
 
 def test_a_configuration_error_is_not_tried_again(tmp_path):

@@ -184,6 +184,17 @@ def test_who_follows_gets_what_comes_and_what_was_lost(node):
     assert [one.lost_events.num_events_lost for one in again if one.HasField("lost_events")] == [42]
 
 
+def test_an_observer_that_starts_names_what_the_rings_hold_when_it_is_told(tmp_path):
+    node = Node(tmp_path)
+    hour = {"time_ns": time.clock_gettime_ns(time.CLOCK_MONOTONIC) - 3_600_000_000_000}
+    node.news = [PODS, None]  # the agent answers after the first look
+    node.tell({"kind": DROP, "source_lo": WEB, "target_lo": DB, **hour})
+    assert node.flows()[0].source.pod_name == ""
+    node.source.turn()
+    assert node.flows()[0].source.pod_name == "web"
+    node.close()
+
+
 def test_names_that_come_late(node):
     node.tell({"kind": NEW, "source_lo": 0x0A01FF01, "target_lo": WEB, "target_port": 8})
     asked = filters(destination_port=["8"])
