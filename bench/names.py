@@ -87,6 +87,7 @@ class Names:
         self._resolve(world)
         cluster.apply("genai", yaml.safe_load(POLICY))
         self.files = self._resolv_conf()
+        self.shown = ""  # what `penstock observe` said of the denied packets
 
     def _resolve(self, node: Node) -> None:
         pod = node.pod("dns", PodSpec("kube-system", {"k8s-app": "kube-dns"}))
@@ -177,6 +178,7 @@ class Names:
         queries = self.node.folder / "queries"
         queries.write_text(f"{NAME} A\n{NAME} AAAA\n" * 50)
         words = ["dnsperf", "-s", DNS[4], "-d", str(queries), "-Q", str(QUERIES), "-q", "20000"]
+        words += ["-t", "1"]  # seconds: what has no answer then is lost, and seen before the end
         asking = subprocess.Popen(
             self.pod.namespace.wrap([*words, "-l", "300"]), stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
@@ -217,7 +219,8 @@ def chapter(names: Names) -> Iterator[tuple[str, str, str, str]]:
     said = names.why()
     seen = "may not ask" if f"the pod may not ask for {OTHER_NAME}" in said else said
     yield "why refused", f"penstock fqdn why {OTHER_NAME}", "may not ask", seen
-    seen = "default/genai" if "CiliumNetworkPolicy default/genai" in names.observed() else "no flow"
+    names.shown = names.observed()
+    seen = "default/genai" if "CiliumNetworkPolicy default/genai" in names.shown else "no flow"
     yield "denied packets name it", "penstock observe --verdict DROPPED", "default/genai", seen
     command = f"{who} dnsperf -Q {QUERIES}; kill -9 AGENT"
     yield "the agent dies under load", command, "none lost", names.killed()

@@ -175,8 +175,7 @@ class Story:
         try:
             for step in names.chapter(there):
                 yield Step(*step)
-            self.refused = there.why()
-            self.observed = there.observed()
+            self.refused, self.observed = there.why(), there.shown
         finally:
             there.close()
 

@@ -108,7 +108,8 @@ class Ports:
             for index, row in wanted.items()
             if index not in self._open
         ]
-        _side_by_side(self._start, [port for port in fresh if not port.error])
+        _side_by_side(partial(self._step, self._open_sockets), fresh)
+        _side_by_side(partial(self._step, self._attach), fresh)  # now packets come, for all
         for name in [name for name in self._handover.kept if name.startswith(UPLINK)]:
             self._kept(name).detach()  # nobody's uplink any more
             self._handover.drop(name)
@@ -153,10 +154,12 @@ class Ports:
         self._open[port.index] = port
         return port
 
-    def _start(self, port: OpenPort) -> None:
+    def _step(self, step: Callable[[OpenPort], None], port: OpenPort) -> None:
+        """Do a step of opening, unless an earlier one has failed; an error stays in the port."""
+        if port.error:
+            return
         try:
-            self._open_sockets(port)
-            self._attach(port)
+            step(port)
         except (XdpError, OSError, RuntimeError) as error:
             self._close(port)
             port.error = f"port {port.name}: {error}"

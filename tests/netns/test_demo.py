@@ -37,6 +37,6 @@ def test_a_step_that_went_wrong_is_told():
         story.Step("a", "curl x", "answered", "no answer"),
         story.Step("b", "c", "d", "d"),
     ]
-    told.explained = told.refused = ""
+    told.explained = told.refused = told.observed = ""
     assert told.errors() == ["curl x: wanted answered, seen no answer"]
     assert "failed" in printed(told)
