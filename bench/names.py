@@ -201,7 +201,7 @@ class Names:
     def observed(self) -> str:
         """Return how the product shows the pod's denied packets."""
         pod = f"{self.pod.spec.namespace}/{self.pod.name}"
-        which = ("--pod", pod, "--verdict", "DROPPED", "--last", "2")
+        which = ("--pod", pod, "--verdict", "DROPPED", "--last", "3")
         return self.node.command("observe", *which, "--print-policy-names").strip()
 
 

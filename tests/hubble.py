@@ -46,6 +46,7 @@ FLOW = {
     "traffic_direction": (22, "int32"), "drop_reason_desc": (25, "int32"),
     "is_reply": (26, "Bool"), "uuid": (34, "string"), "egress_denied_by": (21004, "Policy", True),
     "ingress_denied_by": (21005, "Policy", True), "Summary": (100000, "string"),
+    "l7": (15, "Layer7"),
 }  # fmt: skip
 FILTER = {
     "source_ip": (1, "string", True), "source_pod": (2, "string", True),
@@ -54,13 +55,17 @@ FILTER = {
     "protocol": (12, "string", True), "destination_port": (14, "string", True),
     "source_identity": (19, "uint32", True), "ip_version": (25, "int32", True),
     "uuid": (29, "string", True), "http_method": (21, "string", True),
-    "cel": (999, "Cel"), "source_label": (10, "string", True),
+    "cel": (999, "Cel"), "source_label": (10, "string", True), "dns_query": (18, "string", True),
 }  # fmt: skip
 MESSAGES = {
     "Stamp": STAMP, "Ip": IP, "Flags": FLAGS, "Tcp": TCP, "L4": L4, "Endpoint": ENDPOINT,
     "Policy": POLICY, "Bool": {"value": (1, "bool")}, "Cel": {"cel": (1, "string", True)},
     "EventType": {"type": (1, "int32"), "sub_type": (2, "int32")},
     "Flow": FLOW, "Filter": FILTER,
+    "Layer7": {"type": (1, "int32"), "latency_ns": (2, "uint64"), "dns": (100, "Dns")},
+    "Dns": {"query": (1, "string"), "ips": (2, "string", True), "ttl": (3, "uint32"),
+            "observation_source": (5, "string"), "rcode": (6, "uint32"),
+            "qtypes": (7, "string", True), "rrtypes": (8, "string", True)},
     "Lost": {"source": (1, "int32"), "num_events_lost": (2, "uint64"), "cpu": (3, "Bool")},
     "GetFlows": {
         "number": (1, "uint64"), "follow": (3, "bool"), "blacklist": (5, "Filter", True),
@@ -129,6 +134,7 @@ class Node:
         self.news = [PODS]
         self.source = Collector(self.shm, 1 << 16, lambda: self.news.pop() if self.news else None)
         self.book = LiveBook(self.shm, folder / "rules.db", folder / "services.json")
+        self.book.messages = self.source.messages.get
         peers = {"n1": "192.0.2.1:4244", "n2": "192.0.2.2:4244"}
         self.server = Server(
             Observer(self.source, self.book, "n1"), Peer(lambda: peers, lambda: True)

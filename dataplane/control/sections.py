@@ -27,6 +27,7 @@ class Observe(Section):
     skip: list[Literal["new", "change", "end"]] = Field(
         default_factory=list, description="events that are not told; drops always are"
     )
+    dns: bool = Field(True, description="DNS messages are flows of layer 7; they are not on disk")
     sample: Annotated[int, Field(ge=0, le=1 << 24)] = Field(
         0, description="tell one packet of so many, rounded up to a power of two; 0: none"
     )

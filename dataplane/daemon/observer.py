@@ -109,9 +109,9 @@ def _serve(config: Config, shm: Shm, stop: threading.Event) -> None:
     options = config.observe
     names = KnownNames(shm)
     roster = Roster(config, names)
-    source = Collector(shm, options.flows, roster.take)
+    source = Collector(shm, options.flows, roster.take, options.dns)
     book = LiveBook(shm, shm.folder / RULES, shm.folder / NAMES)
-    book.names = names.of
+    book.names, book.messages = names.of, source.messages.get
     observer = Observer(source, book, config.node.name)
     server = Server(observer, Peer(lambda: roster.peers, lambda: not source.stopped))
     history = _history(config, Origin(source.directory, book, config.node.name, source.epoch))

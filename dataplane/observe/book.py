@@ -42,6 +42,9 @@ class Book(Protocol):
     def dns(self, family: int, hi: int, lo: int) -> list[str]:
         """Return names by which an address was asked for lately."""
 
+    def message(self, position: int) -> dict[str, Any] | None:
+        """Return a DNS message (observe/dns.py), None: it is not kept any more."""
+
 
 class LiveBook:
     """The book of a node that runs, or ran. A Book."""
@@ -57,6 +60,7 @@ class LiveBook:
         self._version, self._inode = -1, 0
         self._lock = threading.Lock()
         self.names: Callable[[int, int, int], Iterable[str]] = lambda family, hi, lo: ()
+        self.messages: Callable[[int], dict[str, Any] | None] = lambda position: None
 
     def refresh(self) -> None:
         """Look for news; a rule's number may have another meaning by and by."""
@@ -127,6 +131,10 @@ class LiveBook:
     def dns(self, family: int, hi: int, lo: int) -> list[str]:
         """As Book."""
         return list(self.names(family, hi, lo))
+
+    def message(self, position: int) -> dict[str, Any] | None:
+        """As Book."""
+        return self.messages(position)
 
 
 def plain_labels(known: dict[str, str]) -> list[str]:

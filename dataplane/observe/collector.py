@@ -22,6 +22,7 @@ import numpy as np
 
 from dataplane.observe.columns import NOBODY, Columns, clock_offset_ns, joined, spread
 from dataplane.observe.directory import Address, Directory, End
+from dataplane.observe.dns import DNS, RING, Messages
 from dataplane.observe.store import Store
 from dataplane.tables.events import EventReader
 from dataplane.tables.shm import Shm
@@ -47,14 +48,20 @@ class Loss:
 class Collector:
     """Store, directory, and the thread that fills them."""
 
-    def __init__(self, shm: Shm, capacity: int, names: Callable[[], Any] = lambda: None) -> None:
+    def __init__(
+        self, shm: Shm, capacity: int, names: Callable[[], Any] = lambda: None, dns: bool = True
+    ) -> None:
         """capacity: flows kept. names: returns rows of pods when these have changed, else None.
+
+        dns: DNS messages are flows, too.
 
         A row: {"namespace", "name", "number", "node", "addresses"}; number: 0 on other nodes.
         """
         self._names = names
         self._reader = EventReader(shm)
         self.epoch = self._reader.epoch
+        self.messages = Messages(shm, time.monotonic)
+        self._dns = dns
         self.store = Store(capacity)
         self.directory = Directory()
         self.changed = threading.Condition()
@@ -110,15 +117,27 @@ class Collector:
                 self.losses.append(loss)
             if len(batch.records):
                 parts.append(spread(batch.records, batch.ring, batch.first, offset))
+        if self._dns and (said := self._said(offset)) is not None:
+            parts.append(said)
         if parts:
             self._add(joined(parts))
         return more
 
+    def _said(self, offset: int) -> Columns | None:
+        """Return the DNS messages that are new."""
+        before = self.messages.lost
+        said = self.messages.read(offset)
+        if count := self.messages.lost - before:
+            self.lost += count
+            self.losses.append(Loss(RING, count, self.store.head, time.time_ns()))
+        return said
+
     def _add(self, flows: Columns) -> None:
         self.directory.name(flows)
         self.store.append(flows)
-        for sink in self.sinks:
-            sink(flows)
+        for sink in self.sinks:  # they have no place for names and addresses of DNS
+            plain = flows.kind != DNS
+            sink(flows if plain.all() else flows.take(np.flatnonzero(plain)))
         with self.changed:
             self.changed.notify_all()
         now = time.monotonic()

@@ -20,6 +20,8 @@ from dataplane.observe import selectors, views
 from dataplane.observe.book import Book
 from dataplane.observe.columns import AUDITED, DROP, NEW, Columns
 from dataplane.observe.directory import Directory, End
+from dataplane.observe.dns import DNS, queries
+from dataplane.observe.dns import REASON as REFUSED
 from dataplane.observe.message import CLUSTER, TCP_FLAGS
 from dataplane.observe.protocol import enum
 from dataplane.tables.connection_view import MASK64, NUMBERS
@@ -29,7 +31,7 @@ ViewTest = Callable[[np.ndarray, np.ndarray, Columns], np.ndarray]  # type, dire
 PORTS = (NUMBERS["tcp"], NUMBERS["udp"], NUMBERS["sctp"])
 _ABSENT = (
     "http_status_code", "http_method", "http_path", "http_url", "http_header", "trace_id",
-    "ip_trace_id", "dns_query",
+    "ip_trace_id",
 )  # fmt: skip
 """Members about what our flows never have: nothing fits them."""
 
@@ -216,7 +218,7 @@ class Filter:
         )
 
         def test(flows: Columns) -> np.ndarray:
-            drop = flows.kind == DROP
+            drop = (flows.kind == DROP) | ((flows.kind == DNS) & (flows.reason == REFUSED))
             audit = (flows.kind == NEW) & (flows.flags & AUDITED != 0)
             return np.where(drop, dropped, np.where(audit, audited, forwarded))
 
@@ -235,6 +237,7 @@ class Filter:
 
     def _protocol(self, value: Sequence[str]) -> Test:
         wanted: list[int] = []
+        dns = False
         for text in value:
             match text.lower():
                 case "icmp":
@@ -245,11 +248,21 @@ class Filter:
                     wanted.append(NUMBERS["icmp6"])
                 case "tcp" | "udp" | "sctp" as name:
                     wanted.append(NUMBERS[name])
-                case "vrrp" | "igmp" | "dns" | "http" | "kafka":
+                case "dns":
+                    dns = True
+                case "vrrp" | "igmp" | "http" | "kafka":
                     pass  # known, and never seen here
                 case _:
                     raise FilterError(f"unknown protocol: {text!r}")
-        return lambda flows: np.isin(flows.protocol, wanted) & (flows.family != 0)
+        return lambda flows: (
+            np.isin(flows.protocol, wanted) & (flows.family != 0) | (flows.kind == DNS) & dns
+        )
+
+    def _dns_query(self, value: Sequence[str]) -> Test:
+        try:
+            return queries(value, self._book.message)
+        except re.error as error:
+            raise FilterError(f"dns_query: {error}") from error
 
     def _tcp_flags(self, value: Sequence[Any]) -> Test:
         some = [

@@ -189,6 +189,10 @@ class PastBook:
         """As Book; names are not kept."""
         return []
 
+    def message(self, position: int) -> dict[str, Any] | None:
+        """As Book; messages are not kept."""
+        return None
+
 
 class Past:
     """A file that was read."""

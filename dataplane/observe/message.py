@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dataplane.observe import views
+from dataplane.observe import dns, views
 from dataplane.observe.book import Book
 from dataplane.observe.columns import AUDITED, CHANGE, DENIED, DROP, END, NEW, Columns
 from dataplane.observe.directory import Directory
@@ -51,7 +51,7 @@ _PIECES = {
     "reply": "_kind", "interface": "_interface", "egress_allowed_by": "_policies",
     "ingress_allowed_by": "_policies", "egress_denied_by": "_policies",
     "ingress_denied_by": "_policies", "policy_log": "_policies", "Summary": "_summary",
-    "extensions": "_statistics",
+    "extensions": "_statistics", "l7": "_l7",
 }  # fmt: skip
 """Member of flow.Flow -> the method that fills it."""
 
@@ -113,7 +113,10 @@ class Flows:
         flow.emitter.name, flow.emitter.version = "Penstock", VERSION
 
     def _verdict(self, flow: Any, row: dict[str, int]) -> None:
-        if row["kind"] == DROP:
+        if row["kind"] == dns.DNS:
+            refused = row["reason"] == dns.REASON
+            flow.verdict = self._verdicts["DROPPED" if refused else "FORWARDED"]
+        elif row["kind"] == DROP:
             flow.verdict = self._verdicts["DROPPED"]
             flow.drop_reason = row["reason"]
             flow.drop_reason_desc = row["reason"] if row["reason"] in self._reasons else 0
@@ -123,7 +126,7 @@ class Flows:
             flow.verdict = self._verdicts["FORWARDED"]
 
     def _kind(self, flow: Any, row: dict[str, int]) -> None:
-        flow.Type = 1  # L3_L4
+        flow.Type = 2 if row["kind"] == dns.DNS else 1  # L7, L3_L4
         flow.event_type.type, flow.traffic_direction = row["type"], row["way"]
         reply = bool(row["flags"] & CONST["EVENT_REPLY"])
         if row["kind"] != DROP:
@@ -201,9 +204,9 @@ class Flows:
 
     def _policies(self, flow: Any, row: dict[str, int]) -> None:
         kind = row["kind"]
-        if kind not in (NEW, DROP):
+        if kind not in (NEW, DROP, dns.DNS):
             return
-        refused = kind == DROP
+        refused = kind == DROP or row["reason"] == dns.REASON
         matches = []
         for member, way in (("egress_rule", "egress"), ("ingress_rule", "ingress")):
             about = self.book.rule(row[member]) if row[member] else None
@@ -219,9 +222,18 @@ class Flows:
             flow.policy_match_type = matches[-1 if both else 0] if matches else MATCH_NONE
 
     def _summary(self, flow: Any, row: dict[str, int]) -> None:
-        flow.Summary = summary(row)
+        if row["kind"] == dns.DNS:
+            flow.Summary = dns.summary(row, self.book.message(row["position"]))
+        else:
+            flow.Summary = summary(row)
+
+    def _l7(self, flow: Any, row: dict[str, int]) -> None:
+        if row["kind"] == dns.DNS:
+            dns.tell(flow, row, self.book.message(row["position"]))
 
     def _statistics(self, flow: Any, row: dict[str, int]) -> None:
+        if row["kind"] == dns.DNS:
+            return
         known = row["reason"] in self._reasons or row["kind"] != DROP
         flow.extensions.Pack(
             message("penstock.Statistics")(

@@ -172,6 +172,11 @@ def flow_type(flow: Any) -> str:
         return point.lower().replace("_", "-")
     if kind == views.TYPE_DROP:
         return reason_text(below)
+    if kind == views.TYPE_L7:
+        record = flow.l7.WhichOneof("record") or "l7"
+        said = names("flow.L7FlowType").get(flow.l7.type, "").lower()
+        seen = f" {flow.l7.dns.observation_source}" if record == "dns" else ""
+        return f"{record}-{said}{seen}"
     if kind == views.TYPE_VERDICT:
         way = names("flow.TrafficDirection").get(flow.traffic_direction, "")
         return f"policy-verdict:{_MATCHES.get(flow.policy_match_type, 'none')} {way}"

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataplane.observe.columns import DROP, NEW, REPLY, Columns
+from dataplane.observe.dns import DNS
 from dataplane.tables.verdicts import RULE_SHIFT
 from xdp.abi import value
 
-TYPE_DROP, TYPE_TRACE, TYPE_VERDICT = 1, 4, 5
+TYPE_DROP, TYPE_TRACE, TYPE_VERDICT, TYPE_L7 = 1, 4, 5, 129
 """Cilium's numbers of event types (pkg/monitor/api/types.go)."""
 INGRESS, EGRESS = 1, 2  # flow.TrafficDirection
 TO_ENDPOINT, TO_STACK, TO_OVERLAY, TO_NETWORK = 0, 3, 4, 11
@@ -63,6 +64,8 @@ def views_of(flows: Columns, here: np.ndarray) -> Views:
     way = np.where(drop, leaves, arrives)
     way[asked_in] = INGRESS
     way[asked_out] = EGRESS
+    said = flows.kind == DNS
+    kind[said], way[said] = TYPE_L7, EGRESS  # answers, too: they are seen where the pod asks
     always = np.ones(count, bool)
     both = np.full(count, INGRESS)
     return Views(

@@ -180,6 +180,12 @@ def test_the_command_line_knows_what_was_asked(world):
     with pytest.raises(LabError, match="may not ask"):
         node.command("fqdn", "why", "refused.example", "--pod", "default/genai")
     assert "leads to" in node.command("fqdn", "why", NAME, "--pod", "default/genai")
+    flows = node.command("observe", "--pod", "default/genai", "--type", "l7", "--protocol", "dns",
+                         "--last", "200", "--print-policy-names")  # fmt: skip
+    asked = next(line for line in flows.splitlines() if "refused.example" in line)
+    assert "dns-request proxy DROPPED (DNS Query refused.example. A; REFUSED)" in asked
+    assert "EGRESS DENIED BY CiliumNetworkPolicy default/genai" in asked
+    assert f'DNS Answer "{STORE[4][0]}" TTL: 5 (Proxy {NAME}. A)' in flows
     entries = node.ask("policy", "get", "default/genai")[0]["policy"]["entries"]
     assert f"the name {NAME}" in {entry["peers"] for entry in entries}
 

@@ -1,0 +1,197 @@
+"""DNS messages as flows of layer 7: read from the forwarder's rings of DNS events.
+
+Rule: a message is one flow, shown as Hubble shows what Cilium's DNS proxy logs; what is kept is
+bounded, and what nobody could read any more is counted.
+
+Theory. A query and its answer are two flows, the answer turned round; a query that policy refuses
+is a dropped request. In columns a message is a row like any other, of kind DNS; what has no column
+(name, addresses, rcode) is the event itself, of which the last KEPT are here, by `position`. An
+event is valid while its `sequence` is its number + 1 (kernels/dns_count.py), so each is copied
+between two looks at that word. Missing answers are no messages: `penstock dns` shows them.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dataplane.observe.columns import FIELDS, NOBODY, REPLY, Columns
+from dataplane.tables.connection_view import NUMBERS
+from dataplane.tables.names import spelled
+from dataplane.tables.names_view import FLAGS, address_of, family_of, rcode_name, type_name
+from dataplane.tables.shm import Shm
+from dataplane.tables.verdicts import Reader
+from xdp.abi import CONST, DTYPE, value
+
+DNS = 64  # as a column's kind: behind those of enum flow_event
+RING = 255  # as a column's ring
+KEPT = 1 << 15
+IDENTITIES_S = 10  # how long a server's identity is taken for granted
+SOURCE = "proxy"  # who has seen it, in Hubble's words: who enforces names
+LANES, SIZE = CONST["DNS_LANES"], CONST["DNS_EVENTS_MAX"]
+QUERY, ANSWER, REFUSED = (value(f"DNS_EVENT_{kind}") for kind in ("QUERY", "ANSWER", "REFUSED"))
+REASON = value("REASON_ANSWERED_DNS")
+_ONE = np.uint64(1)
+
+
+class Messages:
+    """DNS events of a Shm, from the oldest that is still there on."""
+
+    def __init__(self, shm: Shm, clock: Callable[[], float]) -> None:
+        """Nothing is read yet. clock: seconds."""
+        self._shm, self._clock = shm, clock
+        self._next = [max(0, int(end) - SIZE) for end in shm.dns_notes["events"]]
+        self._kept = np.zeros(KEPT, DTYPE["dns_event"])
+        self.head = 0
+        self.lost = 0
+        self._identities: dict[tuple[int, int, int], int] = {}
+        self._read_at = -float(IDENTITIES_S)
+
+    def read(self, wall_minus_monotonic_ns: int) -> Columns | None:
+        """Return what is new as columns whose ends are not known yet, None: nothing is."""
+        found = [self._lane(lane) for lane in range(LANES) if self._is_new(lane)]
+        rows = np.concatenate(found) if found else self._kept[:0]
+        rows = rows[np.isin(rows["kind"], (QUERY, ANSWER, REFUSED))]
+        if not len(rows):
+            return None
+        rows = rows[np.argsort(rows["time_ns"], kind="stable")]
+        positions = np.arange(self.head, self.head + len(rows))
+        self._kept[positions[-KEPT:] % KEPT] = rows[-KEPT:]
+        self.head += len(rows)
+        return self._columns(rows, positions, wall_minus_monotonic_ns)
+
+    def _is_new(self, lane: int) -> bool:
+        return int(self._shm.dns_notes["events"][lane]) != self._next[lane]
+
+    def _lane(self, lane: int) -> np.ndarray:
+        """Return the events of a lane that could be read: dns_event[n]."""
+        end = int(self._shm.dns_notes["events"][lane])
+        start = self._next[lane] if self._next[lane] <= end else 0  # another's tables
+        first = max(start, end - SIZE)
+        numbers = np.arange(first, end)
+        ring = self._shm.dns_events[lane]
+        rows = ring[numbers % SIZE]
+        wanted = numbers.astype(np.uint64) + _ONE
+        whole = (rows["sequence"] == wanted) & (ring["sequence"][numbers % SIZE] == wanted)
+        self.lost += first - start + int((~whole).sum())
+        self._next[lane] = end
+        return rows[whole]
+
+    def _columns(self, rows: np.ndarray, positions: np.ndarray, offset: int) -> Columns:
+        made = {name: np.zeros(len(rows), dtype) for name, dtype in FIELDS.items()}
+        for name in ("source_end", "target_end"):
+            made[name][:] = NOBODY
+        answer = rows["kind"] == ANSWER
+        sides = (("source", "client", "server"), ("target", "server", "client"))
+        for side, mine, other in sides:
+            for half in ("hi", "lo", "port"):
+                made[f"{side}_{half}"] = np.where(
+                    answer, rows[f"{other}_{half}"], rows[f"{mine}_{half}"]
+                )
+        for half in ("hi", "lo", "port"):
+            made[f"new_source_{half}"] = made[f"source_{half}"].copy()
+        servers = self._servers(rows)
+        made["source_identity"] = np.where(answer, servers, rows["identity"])
+        made["target_identity"] = np.where(answer, rows["identity"], servers)
+        made["egress_rule"], made["port"] = rows["verdict"].copy(), rows["port"].copy()
+        made["family"] = rows["family"].copy()
+        tcp = rows["flags"] & FLAGS["tcp"] != 0
+        made["protocol"] = np.where(tcp, NUMBERS["tcp"], NUMBERS["udp"])
+        made["kind"][:], made["ring"][:], made["packets"][:] = DNS, RING, 1
+        made["flags"] = np.where(answer, REPLY, 0)
+        made["reason"] = np.where(rows["kind"] == REFUSED, REASON, 0)
+        made["position"] = positions
+        made["wall_ns"] = rows["time_ns"].astype(np.int64) + offset
+        arrays = {name: made[name].astype(dtype, copy=False) for name, dtype in FIELDS.items()}
+        return Columns(arrays, len(rows))
+
+    def _servers(self, rows: np.ndarray) -> np.ndarray:
+        """Return the identities of the servers, each looked up once: int64[n]."""
+        if self._clock() - self._read_at > IDENTITIES_S:
+            self._identities.clear()
+            self._read_at = self._clock()
+        keys = np.stack([rows[name].astype(np.uint64) for name in
+                         ("family", "server_hi", "server_lo")], axis=1)  # fmt: skip
+        some, which = np.unique(keys, axis=0, return_inverse=True)
+        reader: Reader | None = None
+        numbers = []
+        for key in map(tuple, some.tolist()):
+            if key not in self._identities:
+                reader = reader or Reader(self._shm)
+                self._identities[key] = reader.find(str(address_of(*key)))[1].identity
+            numbers.append(self._identities[key])
+        return np.array(numbers, np.int64)[which.reshape(-1)]
+
+    def get(self, position: int) -> dict[str, Any] | None:
+        """Return a message: query, qtype, rcode, ips, ttl, latency_ns; None: not kept any more."""
+        if not self.head - KEPT <= position < self.head:
+            return None
+        row = self._kept[position % KEPT]
+        count = min(int(row["address_count"]), CONST["DNS_EVENT_ADDRESSES"])
+        pairs = zip(row["hi"][:count].tolist(), row["lo"][:count].tolist(), strict=True)
+        return {
+            "query": spelled(row["text"].tobytes()[: int(row["length"])]),
+            "qtype": type_name(int(row["type"])),
+            "rcode": int(row["rcode"]),
+            "ips": [str(address_of(family_of(hi, lo), hi, lo)) for hi, lo in pairs],
+            "ttl": int(row["ttl"]),
+            "latency_ns": int(row["latency_ns"]),
+        }
+
+
+def tell(flow: Any, row: dict[str, int], said: dict[str, Any] | None) -> None:
+    """Fill a flow's l7 of a row of kind DNS; said: the message, if it is still kept."""
+    answer = bool(row["flags"] & REPLY)
+    flow.l7.type = 2 if answer else 1  # RESPONSE, REQUEST
+    dns = flow.l7.dns
+    dns.observation_source = SOURCE
+    if said is None:
+        return
+    dns.query = said["query"]
+    dns.qtypes.append(said["qtype"])
+    if answer:
+        flow.l7.latency_ns = said["latency_ns"]
+        dns.rcode, dns.ttl = said["rcode"], said["ttl"]
+        dns.ips.extend(said["ips"])
+        dns.rrtypes.extend(sorted({"AAAA" if ":" in one else "A" for one in said["ips"]}))
+    elif row["reason"] == REASON:
+        dns.rcode = said["rcode"]
+
+
+def summary(row: dict[str, int], said: dict[str, Any] | None) -> str:
+    """Return a message in Hubble's words."""
+    if said is None:
+        return "DNS, no longer kept"
+    asked = f"{said['query']} {said['qtype']}"
+    if not row["flags"] & REPLY:
+        refused = f"; {rcode_name(said['rcode'])}" if row["reason"] == REASON else ""
+        return f"DNS Query {asked}{refused}"
+    answer = f"RCode: {_long(said['rcode'])}" if said["rcode"] else ""
+    if said["ips"]:
+        answer = f'"{",".join(said["ips"])}"'
+    return f"DNS Answer {answer} TTL: {said['ttl']} (Proxy {asked})"
+
+
+_LONG = {1: "Format Error", 2: "Server Failure", 3: "Non-Existent Domain", 4: "Not Implemented",
+         5: "Query Refused"}  # fmt: skip
+
+
+def _long(rcode: int) -> str:
+    return _LONG.get(rcode) or rcode_name(rcode)
+
+
+def queries(
+    patterns: Sequence[str], get: Callable[[int], dict[str, Any] | None]
+) -> Callable[[Columns], np.ndarray]:
+    """Return a test for messages whose name one of the expressions finds. Raises re.error."""
+    some = [re.compile(text) for text in patterns]
+
+    def test(flows: Columns) -> np.ndarray:
+        good = np.zeros(flows.count, bool)
+        for n in np.flatnonzero(flows.kind == DNS).tolist():
+            said = get(int(flows.position[n]))
+            good[n] = said is not None and any(one.search(said["query"]) for one in some)
+        return good
+
+    return test
