@@ -2,16 +2,16 @@
 
 Rule: the lookups are the forwarder's own; nothing is specialised for the benchmark.
 
-Theory. Vectors of 256, with the prefetch that the stages do before they look, as the forwarder has.
+Theory. Vectors as the forwarder has them, with the prefetch that its stages do before they look.
 """
 
 import numpy as np
 
 from dataplane.kernels import wire
-from dataplane.kernels.ahead import ask_place, ask_policies
+from dataplane.kernels.ahead import CHUNK, ask_place, ask_policies
 from dataplane.kernels.batch import KIND_IP4
-from dataplane.kernels.house import kernel, prefetch
-from dataplane.kernels.route import lookup
+from dataplane.kernels.house import kernel
+from dataplane.kernels.route import AHEAD, ask4, lookup
 from dataplane.kernels.verdict import judge_both
 from xdp.abi import CONST
 
@@ -26,9 +26,11 @@ def route_all(t, addresses):
     total = np.int64(0)
     for first in range(0, len(addresses), VECTOR):
         end = min(first + VECTOR, len(addresses))
+        for i in range(first, min(first + AHEAD, end)):
+            ask4(wide, addresses[i])
         for i in range(first, end):
-            prefetch(wide + np.int64(addresses[i] >> np.uint64(8)) * 4)  # type: ignore[call-arg]
-        for i in range(first, end):
+            if i + AHEAD < end:
+                ask4(wide, addresses[i + AHEAD])
             total += lookup(t, KIND_IP4, ZERO, addresses[i])
     return total
 
@@ -37,8 +39,8 @@ def route_all(t, addresses):
 def verdict_all(t, sources, targets, ports):
     """Judge TCP connections between IPv4 addresses (uint64) to ports (int64); return who may."""
     allowed = np.int64(0)
-    for first in range(0, len(sources), VECTOR):
-        end = min(first + VECTOR, len(sources))
+    for first in range(0, len(sources), CHUNK):
+        end = min(first + CHUNK, len(sources))
         for i in range(first, end):
             ask_place(t, KIND_IP4, ZERO, sources[i])
             ask_place(t, KIND_IP4, ZERO, targets[i])

@@ -5,10 +5,11 @@ Rule: nothing is decided here; what was guessed wrong costs a line of the cache.
 Theory. The first packet of a connection meets a dozen cache lines that nobody has touched lately:
 frontends, routes and identities of both ends, policy entries, the bucket of the reply. One packet
 after the other that is a dozen waits; asked for a vector at a time, the waits overlap, as in
-`track`. Each pass over the list needs what the pass before has asked for: where addresses and
-frontends stand; the entries of both ends' policies, or a service's choice; then, if there is one,
-where its backend stands, and the policies about that. Session affinity is not followed, nor is a
-new source address or port.
+`track`. CHUNK packets at a time, since more would push each other out of the first cache. Each
+pass over them needs what the pass before has asked for: where addresses and frontends stand; the
+entries of both ends' policies, or a service's choice; then, if there is one, where its backend
+stands, and the policies about that. Session affinity is not followed, nor is a new source address
+or port.
 """
 
 import numpy as np
@@ -25,6 +26,7 @@ from xdp.abi import DTYPE, value
 
 ADJACENCY_POD = value("ADJACENCY_POD")
 BACKEND, FIB6 = DTYPE["backend"].itemsize, DTYPE["fib6_entry"].itemsize
+CHUNK = 32  # packets
 HOST_DEPTH = 129  # of struct fib6_entry: a whole address
 BLOCK = np.uint64(8)  # an entry of a wide table has 256 addresses
 ZERO = np.uint64(0)
@@ -70,9 +72,9 @@ def _ask_bucket(b, t, k, i, hi, lo, port):
 
 
 @inline
-def _ask_places(b, t, k):
+def _ask_places(b, t, k, first, end):
     frontends = t.frontends.address
-    for n in range(b.todo_count[0]):
+    for n in range(first, end):
         i = b.todo[n]
         hi, lo, port = b.target_hi[i], b.target_lo[i], b.target_port[i]
         ask_place(t, b.kind[i], b.source_hi[i], b.source_lo[i])
@@ -84,10 +86,10 @@ def _ask_places(b, t, k):
 
 
 @inline
-def _ask_choices(b, t):
+def _ask_choices(b, t, first, end):
     """Where there is no service, the policies' entries; return how many have a service."""
     served = 0
-    for n in range(b.todo_count[0]):
+    for n in range(first, end):
         i = b.todo[n]
         b.ahead[i] = 0
         hi, lo, port, protocol = b.target_hi[i], b.target_lo[i], b.target_port[i], b.protocol[i]
@@ -107,19 +109,19 @@ def _ask_choices(b, t):
 
 
 @inline
-def _ask_backends(b, t, k):
-    for n in range(b.todo_count[0]):
+def _ask_backends(b, t, k, first, end):
+    for n in range(first, end):
         i = b.todo[n]
         if b.ahead[i]:
             b.ahead[i] = load32(b.ahead[i])
             prefetch(t.backends.address + b.ahead[i] * BACKEND)
-    for n in range(b.todo_count[0]):
+    for n in range(first, end):
         i = b.todo[n]
         if b.ahead[i]:
             row = t.backends[b.ahead[i]]
             ask_place(t, b.kind[i], row.hi, row.lo)
             _ask_bucket(b, t, k, i, row.hi, row.lo, np.int64(row.port))
-    for n in range(b.todo_count[0]):
+    for n in range(first, end):
         i = b.todo[n]
         if b.ahead[i]:
             row = t.backends[b.ahead[i]]
@@ -130,8 +132,8 @@ def _ask_backends(b, t, k):
 
 
 @inline
-def ask_all(b, t, k):
-    """Ask for what the packets of the list `todo` will need. k: Tracker."""
-    _ask_places(b, t, k)
-    if _ask_choices(b, t):
-        _ask_backends(b, t, k)
+def ask_all(b, t, k, first, end):
+    """Ask for what a part of the list `todo` will need, CHUNK packets at most. k: Tracker."""
+    _ask_places(b, t, k, first, end)
+    if _ask_choices(b, t, first, end):
+        _ask_backends(b, t, k, first, end)

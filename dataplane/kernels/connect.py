@@ -12,7 +12,7 @@ the cluster that belongs to no connection and no service goes to the node's own 
 import numpy as np
 
 from dataplane.kernels import wire
-from dataplane.kernels.ahead import ask_all
+from dataplane.kernels.ahead import CHUNK, ask_all
 from dataplane.kernels.batch import (
     FLAG_AUDITED,
     FLAG_ECHO,
@@ -428,6 +428,8 @@ def _one(b, t, k, i):
 @kernel
 def connect(b, t, k):
     """Decide about every packet of the list `todo`. k: Tracker."""
-    ask_all(b, t, k)
-    for n in range(b.todo_count[0]):
-        _one(b, t, k, b.todo[n])
+    for first in range(0, b.todo_count[0], CHUNK):
+        end = min(first + CHUNK, b.todo_count[0])
+        ask_all(b, t, k, first, end)
+        for n in range(first, end):
+            _one(b, t, k, b.todo[n])
