@@ -19,7 +19,7 @@ from bench.rules import Asked
 from bench.scenario import Measure, Place
 from bench.subjects.base import WORLD, End, Subject, polling_cpu
 
-GATEWAY_MAC = "02:50:c0:00:00:01"
+GATEWAY_MAC, WIRE_MAC = "02:50:c0:00:00:01", "02:50:c0:00:00:02"
 ROUTER = {4: "10.244.1.1", 6: "fd00:244:0:1::1"}
 ADDRESSES = (
     {4: "10.244.1.2", 6: "fd00:244:0:1::2"},
@@ -177,24 +177,32 @@ class Ovs(Subject):
         return End(world, WORLD)
 
     def _overlay(self) -> None:
-        """A second bridge for the server, and an uplink with its bridge for each."""
+        """A second bridge for the server, and an uplink with its bridge for each.
+
+        Both ends of the tunnel belong to one daemon, which would take the short way: what is local
+        has no route out, so the tunnel's routes are for marked packets; what is sent to the MAC of
+        the other end is unwrapped at once, so on the wire there is another one, from which it
+        learns it, too, and no ARP.
+        """
         switch = self.switch
         self.lab.wire(self.node, self.node, ("up1", "up2"))
         for number in (1, 2):
             self.node.offload_off(f"up{number}")
             switch.bridge(f"phy{number}")
             switch.port(f"up{number}", 1, bridge=f"phy{number}")
+            macs = f"mod_dl_src:{WIRE_MAC},mod_dl_dst:{_mac(self.node, f'phy{number}')}"
+            flows = ["in_port=LOCAL,ip actions=output:1", f"in_port=1,ip actions={macs},LOCAL"]
+            switch.flows(flows, f"phy{number}")
             self.node.ip(
                 f"addr add {UNDERLAY4 + number}/24 dev phy{number}", f"link set phy{number} up"
             )
         switch.bridge("br2")
         for number, bridge in ((1, "br0"), (2, "br2")):
-            here, there = str(UNDERLAY4 + number), str(UNDERLAY4 + 3 - number)
-            switch.appctl("ovs/route/add", f"{there}/32", f"phy{number}")
-            mac = _mac(self.node, f"phy{3 - number}")
-            switch.appctl("tnl/neigh/set", f"phy{number}", there, mac)
-            words = {"local_ip": here, "remote_ip": there, "key": str(VNI), "dst_port": str(PORT)}
-            switch.port(f"vx{number}", 2, "vxlan", bridge, **words)
+            there = str(UNDERLAY4 + 3 - number)
+            switch.appctl("ovs/route/add", f"{there}/32", f"phy{number}", "pkt_mark=1")
+            switch.appctl("tnl/neigh/set", f"phy{number}", there, WIRE_MAC)
+            words = {"remote_ip": there, "key": str(VNI), "dst_port": str(PORT)}
+            switch.port(f"vx{number}", 2, "vxlan", bridge, egress_pkt_mark="1", **words)
 
 
 class OvsTracked(Ovs):
