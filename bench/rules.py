@@ -4,13 +4,14 @@ Rule: all subjects are given the same rules: the same number, of the same kind, 
 the traffic pass at the same place (last).
 
 Theory. A policy over the server pod: rules that allow single addresses of a test network (RFC
-2544's 198.18.0.0/15; 2001:db8:2::/48) a port each, and at last the client. Services: ClusterIPs of
-which the last one leads to the server pod. nft gets linear chains, as agents that speak iptables
-make them for policies (a jump by pod, then rule after rule) and kube-proxy's iptables mode for
-services (a jump by ClusterIP); connections that are known pass first, as with all of them. In
-`each` order they pass last: rules that know no connections, such as network ACLs, look at every
-packet. Open vSwitch gets a flow a rule behind its connection tracker. Kubernetes objects are
-standard ones.
+2544's 198.18.0.0/15; 2001:db8:2::/48) a port each, and at last the client. Where the server is a
+host outside, the same over what the client pod may send, and at last the server. Services:
+ClusterIPs of which the last one leads to the server pod. nft gets linear chains, as agents that
+speak iptables make them for policies (a jump by pod, then rule after rule) and kube-proxy's
+iptables mode for services (a jump by ClusterIP); connections that are known pass first, as with all
+of them. In `each` order they pass last: rules that know no connections, such as network ACLs, look
+at every packet. Open vSwitch gets a flow a rule behind its connection tracker. Kubernetes objects
+are standard ones.
 """
 
 from collections.abc import Iterator
@@ -40,6 +41,22 @@ class Asked:
     rules: int = 0
     services: int = 0
     masquerade: bool = False
+    outward: bool = False  # the rules are about what the client may send
+
+    @property
+    def subject(self) -> str:
+        """Whose rules they are."""
+        return self.client if self.outward else self.server
+
+    @property
+    def peer(self) -> str:
+        """Whom the last one allows."""
+        return self.server if self.outward else self.client
+
+    @property
+    def ways(self) -> tuple[str, str]:
+        """Where subject and peers stand in a packet: source or destination."""
+        return ("src", "dst") if self.outward else ("dst", "src")
 
     @property
     def vip(self) -> str:
@@ -71,7 +88,7 @@ def nft(asked: Asked, each: bool = False) -> str:
     lines += [] if each else [known]
     lines.append("ct state invalid drop")
     if asked.rules:
-        lines.append(f"{WORD[asked.family]} daddr {asked.server} jump pod")
+        lines.append(f"{WORD[asked.family]} {asked.ways[0][0]}addr {asked.subject} jump pod")
     lines += [known, "ct state new accept"] if each or not asked.rules else []
     lines.append("}")
     if asked.rules:
@@ -85,14 +102,14 @@ def nft(asked: Asked, each: bool = False) -> str:
 
 
 def _nft_pod(asked: Asked, each: bool) -> list[str]:
-    word = WORD[asked.family]
+    peers = f"{WORD[asked.family]} {asked.ways[1][0]}addr"
     end = "return" if each else "accept"
     lines = ["chain pod {"]
     for address, port in strangers(asked.family, asked.rules - 1):
-        lines.append(f"{word} saddr {address} udp dport {port} accept")
-    lines.append(f"{word} saddr {asked.client} udp dport {TARGET_PORT}-{LAST_PORT} {end}")
-    lines += [f"{word} saddr {asked.client} tcp dport {port} {end}" for port in TCP_PORTS]
-    lines.append(f"{word} saddr {asked.client} udp dport {DNS_PORT} {end}")
+        lines.append(f"{peers} {address} udp dport {port} accept")
+    lines.append(f"{peers} {asked.peer} udp dport {TARGET_PORT}-{LAST_PORT} {end}")
+    lines += [f"{peers} {asked.peer} tcp dport {port} {end}" for port in TCP_PORTS]
+    lines.append(f"{peers} {asked.peer} udp dport {DNS_PORT} {end}")
     return [*lines, "meta l4proto { icmp, ipv6-icmp } accept", "drop", "}"]
 
 
@@ -121,20 +138,26 @@ SERVICES_A_FILE = 500
 
 
 def policies(asked: Asked) -> list[dict[str, Any]]:
-    """Return NetworkPolicies over pods labelled app=server in `default`."""
+    """Return NetworkPolicies over pods labelled app=server, or app=client, in `default`."""
     ports = [{"protocol": "UDP", "port": TARGET_PORT, "endPort": LAST_PORT}]
     ports += [{"protocol": "TCP", "port": port} for port in TCP_PORTS]
     ports.append({"protocol": "UDP", "port": DNS_PORT})
-    client: list[dict[str, Any]] = [{"podSelector": {"matchLabels": {"app": "client"}}}]
     bits = 32 if asked.family == 4 else 128
+    last: dict[str, Any] = {"podSelector": {"matchLabels": {"app": "client"}}}
+    way, peers, app = "ingress", "from", "server"
+    if asked.outward:
+        last = {"ipBlock": {"cidr": f"{asked.server}/{bits}"}}
+        way, peers, app = "egress", "to", "client"
     rules = [
         {
-            "from": [{"ipBlock": {"cidr": f"{address}/{bits}"}}],
+            peers: [{"ipBlock": {"cidr": f"{address}/{bits}"}}],
             "ports": [{"protocol": "UDP", "port": port}],
         }
         for address, port in strangers(asked.family, asked.rules - 1)
     ]
-    rules.append({"from": client, "ports": ports})
+    rules.append({peers: [last], "ports": ports})
+    if asked.outward:  # pings of the gateway: a NetworkPolicy knows no ICMP
+        rules.append({peers: [{"ipBlock": {"cidr": CLUSTER[asked.family]}}]})
     parts = [rules[n : n + RULES_A_POLICY] for n in range(0, len(rules), RULES_A_POLICY)]
     return [
         {
@@ -142,9 +165,9 @@ def policies(asked: Asked) -> list[dict[str, Any]]:
             "kind": "NetworkPolicy",
             "metadata": {"name": f"rules-{n}", "namespace": "default"},
             "spec": {
-                "podSelector": {"matchLabels": {"app": "server"}},
-                "policyTypes": ["Ingress"],
-                "ingress": part,
+                "podSelector": {"matchLabels": {"app": app}},
+                "policyTypes": [way.capitalize()],
+                way: part,
             },
         }
         for n, part in enumerate(parts)

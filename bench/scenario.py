@@ -56,7 +56,9 @@ class _Section(BaseModel):
 class Features(_Section):
     """What is switched on beside plain forwarding."""
 
-    policy: Rules | list[Rules] = Field(0, description="rules over the server pod, 0: none")
+    policy: Rules | list[Rules] = Field(
+        0, description="rules over the server pod (outside: what the client pod may send), 0: none"
+    )
     services: Rules | list[Rules] = Field(
         0, description="services; the client speaks to the last one's address, 0: to the pod"
     )
@@ -106,8 +108,8 @@ class Scenario(_Section):
             raise ValueError("features.masquerade: only with topology: outside")
         if features.masquerade and flows > PORTS_MOST << NAT_BITS:
             raise ValueError(f"masqueraded: at most {PORTS_MOST << NAT_BITS} flows")
-        if self.topology == "outside" and (_any(features.policy) or _any(features.services)):
-            raise ValueError("topology outside has a host at its end: no policy, no services")
+        if self.topology == "outside" and _any(features.services):
+            raise ValueError("topology outside has a host at its end: no services")
         if self.traffic.rate and not set(self.measure) & {"rr", "crr"}:
             raise ValueError("traffic.rate: only with measure: rr or crr")
         if self.traffic.order == "zipf" and flows < 2:

@@ -75,7 +75,8 @@ class Subject:
         """What it is to do."""
         family, place = self.place.family, self.place
         ends = self.client.addresses[family], self.server.addresses[family]
-        return Asked(family, *ends, place.policy, place.services, place.masquerade)
+        outward = place.topology == "outside"
+        return Asked(family, *ends, place.policy, place.services, place.masquerade, outward)
 
     @property
     def target(self) -> str:

@@ -54,21 +54,22 @@ def tracked(asked: Asked, masquerade: str = "") -> list[str]:
         nat = f"ct(commit,zone=1,nat(dst={_literal(asked.server)}),table=2)"
         lines.append(f"{new},priority=90,{prefix}_dst={asked.vip} actions={nat}")
     if masquerade:
-        nat = f"ct(commit,zone=1,nat(src={_literal(masquerade)}),table=2)"
-        lines.append(f"{new},priority=90,{prefix}_src={asked.client} actions={nat}")
+        commit = f"ct(commit,zone=1,nat(src={_literal(masquerade)}),table=2)"
+        lines.append(f"{new},priority=60,{prefix}_src={asked.client} actions={commit}")
     if asked.rules:
-        to = f"{prefix}_dst={asked.server}"
+        subject, peer = (f"{prefix}_{way}" for way in asked.ways)
+        to = f"{subject}={asked.subject}"
         udp, tcp = ("udp", "tcp") if asked.family == 4 else ("udp6", "tcp6")
         state = "table=1,ct_state=+trk+new"
         for address, port in rules.strangers(asked.family, asked.rules - 1):
-            line = f"{state},priority=80,{udp},{prefix}_src={address},{to},tp_dst={port}"
+            line = f"{state},priority=80,{udp},{peer}={address},{to},tp_dst={port}"
             lines.append(f"{line} actions={commit}")
-        mine = f"priority=80,{{}},{prefix}_src={asked.client},{to},tp_dst={{}} actions={commit}"
+        mine = f"priority=80,{{}},{peer}={asked.peer},{to},tp_dst={{}} actions={commit}"
         ports = [(udp, port) for port in (*_masks(), rules.DNS_PORT)]
         ports += [(tcp, port) for port in rules.TCP_PORTS]
         lines += [f"{state},{mine.format(kind, port)}" for kind, port in ports]
         lines += [f"{state},priority=70,{kind},{to} actions=drop" for kind in (udp, tcp)]
-    lines.append(f"{new},priority=1 actions={commit}")
+    lines.append(f"{new},priority=1 actions=ct(commit,zone=1,table=2)")
     return lines
 
 
