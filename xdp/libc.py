@@ -21,6 +21,7 @@ ffi.cdef(
     int getsockopt(int fd, int level, int name, void *value, uint32_t *size);
     int bind(int fd, const void *address, uint32_t size);
     int unshare(int flags);
+    long syscall(long number, ...);
     int fallocate(int fd, int mode, int64_t offset, int64_t length);
     """
 )
@@ -51,6 +52,13 @@ def mmap(length: int, flags: int, fd: int, offset: int) -> int:
 def munmap(address: int, length: int) -> None:
     """Unmap memory; errors at the end of a life do not matter."""
     lib.munmap(ffi.cast("void *", address), length)
+
+
+def call(number: int, first: int, structure: bytes, last: int) -> int:
+    """Make a system call of a number, a structure and a number."""
+    numbers = [ffi.cast("long", one) for one in (first, last)]
+    done = lib.syscall(number, numbers[0], ffi.from_buffer(structure), numbers[1])
+    return check(int(done), f"system call {number}")
 
 
 def punch_hole(fd: int, length: int) -> None:

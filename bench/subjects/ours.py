@@ -32,6 +32,7 @@ class Penstock(Subject):
     name = "penstock"
     remark = "forwarder on the other core"
     forwarder: ClassVar[dict[str, Any]] = {}
+    anywhere: ClassVar[bool] = False  # the daemon may run on all cores
 
     def build(self) -> tuple[End, End]:
         """One node or two, or one and the world."""
@@ -39,7 +40,7 @@ class Penstock(Subject):
         settings = Settings(
             mode=MODES[place.topology],
             mtu=place.mtu,
-            cpus=other_cpus(),
+            cpus=frozenset() if self.anywhere else other_cpus(),
             forwarder={"workers": 1, **self.forwarder},
             more={"masquerade": {"ipv4": place.masquerade, "ipv6": place.masquerade}},
         )

@@ -139,6 +139,9 @@ class ForwarderSection(_Section):
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         50, description="idle time before a worker sleeps"
     )
+    nice: Annotated[int, Field(ge=-20, le=19)] = Field(
+        -10, description="of the workers, for which the packets of all pods wait (setpriority(2))"
+    )
     watchdog_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
         3000, description="without a heartbeat for so long the uplink is the kernel's; 0: never"
     )

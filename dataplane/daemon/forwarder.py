@@ -76,11 +76,17 @@ class Forwarder:
     """Workers, sockets and programs over the tables of one node."""
 
     def __init__(
-        self, shm: Shm, run_dir: Path, state_dir: Path, handover: Handover, ground: Ground
+        self,
+        shm: Shm,
+        run_dir: Path,
+        state_dir: Path,
+        handover: Handover,
+        ground: Ground,
+        nice: int = 0,
     ) -> None:
         """Start the workers on their ground. Raises XdpError.
 
-        handover: what a predecessor has left, and where to leave it.
+        handover: what a predecessor has left, and where to leave it; nice: of the workers.
         """
         node = shm.node[0]
         count = max(1, int(node["workers"]))
@@ -110,6 +116,7 @@ class Forwarder:
                 int(node["spin_us"]),
                 tracker,
                 self.table.flows,
+                nice,
             )
             for number, (part, tracker) in enumerate(
                 zip(np.array_split(bases, count), self.conntrack.trackers, strict=True)
@@ -278,7 +285,8 @@ def main(config: Config) -> int:
     with hold(config.run_dir / "forwarder.lock"):
         if ground is None or not ground.holds(shm, handover.kept):
             ground = Ground(shm, handover.kept)
-        forwarder = Forwarder(shm, config.run_dir, config.state_dir, handover, ground)
+        nice = config.forwarder.nice
+        forwarder = Forwarder(shm, config.run_dir, config.state_dir, handover, ground, nice)
         try:
             forwarder.sync()
             asyncio.run(_serve(forwarder, config))

@@ -39,6 +39,7 @@ from dataplane.kernels.naming import make_naming
 from dataplane.kernels.rows import Rows
 from dataplane.kernels.tables import Tables
 from dataplane.kernels.taps import make_watch
+from xdp.sched import hasten
 from xdp.xsk import Xsk
 
 _RINGS = ("rx", "tx", "fill", "completion")
@@ -56,8 +57,13 @@ class Worker:
         spin_us: int,
         tracker: Tracker,
         flows: Flows,
+        nice: int = 0,
     ) -> None:
-        """Prepare worker `number` over UMEM address `area` with its own chunk bases `frames`."""
+        """Prepare worker `number` over UMEM address `area` with its own chunk bases `frames`.
+
+        nice: of its thread, -20..19.
+        """
+        self._nice = nice
         self.number = number
         self.tracker = tracker
         self.flows = flows
@@ -118,6 +124,7 @@ class Worker:
 
     def _main(self) -> None:
         self.counters.stats[0]["tid"] = threading.get_native_id()
+        hasten(self._nice)
         while True:
             loop.run(*self.arguments)
             self.control[loop.CONTROL_STOP] = 0

@@ -32,7 +32,8 @@ SOURCE = "proxy"  # who has seen it, in Hubble's words: who enforces names
 LANES, SIZE = CONST["DNS_LANES"], CONST["DNS_EVENTS_MAX"]
 QUERY, ANSWER, REFUSED = (value(f"DNS_EVENT_{kind}") for kind in ("QUERY", "ANSWER", "REFUSED"))
 REASON = value("REASON_ANSWERED_DNS")
-_ONE = np.uint64(1)
+MISSING = value("DNS_EVENT_MISSING")
+_ONE, _MIX = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
 
 
 class Messages:
@@ -51,11 +52,15 @@ class Messages:
     def read(self, wall_minus_monotonic_ns: int) -> Columns | None:
         """Return what is new as columns whose ends are not known yet, None: nothing is."""
         found = [self._lane(lane) for lane in range(LANES) if self._is_new(lane)]
-        rows = np.concatenate(found) if found else self._kept[:0]
-        rows = rows[np.isin(rows["kind"], (QUERY, ANSWER, REFUSED))]
+        if len(found) == 1:  # of one worker: in order, and not copied once more
+            rows = found[0]
+        else:
+            rows = np.concatenate(found) if found else self._kept[:0]
+            rows = rows[np.argsort(rows["time_ns"], kind="stable")]
+        shown = rows["kind"] != MISSING
+        rows = rows if shown.all() else rows[shown]
         if not len(rows):
             return None
-        rows = rows[np.argsort(rows["time_ns"], kind="stable")]
         positions = np.arange(self.head, self.head + len(rows))
         self._kept[positions[-KEPT:] % KEPT] = rows[-KEPT:]
         self.head += len(rows)
@@ -71,12 +76,12 @@ class Messages:
         first = max(start, end - SIZE)
         numbers = np.arange(first, end)
         ring = self._shm.dns_events[lane]
-        rows = ring[numbers % SIZE]
+        rows = ring[numbers % SIZE]  # a copy
         wanted = numbers.astype(np.uint64) + _ONE
         whole = (rows["sequence"] == wanted) & (ring["sequence"][numbers % SIZE] == wanted)
         self.lost += first - start + int((~whole).sum())
         self._next[lane] = end
-        return rows[whole]
+        return rows if whole.all() else rows[whole]
 
     def _columns(self, rows: np.ndarray, positions: np.ndarray, offset: int) -> Columns:
         made = {name: np.zeros(len(rows), dtype) for name, dtype in FIELDS.items()}
@@ -111,12 +116,13 @@ class Messages:
         if self._clock() - self._read_at > IDENTITIES_S:
             self._identities.clear()
             self._read_at = self._clock()
-        keys = np.stack([rows[name].astype(np.uint64) for name in
-                         ("family", "server_hi", "server_lo")], axis=1)  # fmt: skip
-        some, which = np.unique(keys, axis=0, return_inverse=True)
+        mixed = rows["server_hi"] * _MIX ^ rows["server_lo"]
+        _, first, which = np.unique(mixed, return_index=True, return_inverse=True)
         reader: Reader | None = None
         numbers = []
-        for key in map(tuple, some.tolist()):
+        for n in first.tolist():
+            row = rows[n]
+            key = int(row["family"]), int(row["server_hi"]), int(row["server_lo"])
             if key not in self._identities:
                 reader = reader or Reader(self._shm)
                 self._identities[key] = reader.find(str(address_of(*key)))[1].identity

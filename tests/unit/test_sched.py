@@ -1,0 +1,44 @@
+"""Short slices for threads that move packets."""
+
+import os
+import re
+import threading
+from pathlib import Path
+
+from xdp import libc, sched
+
+
+def _in_a_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_a_thread_gets_short_slices_and_others_do_not():
+    def asked() -> tuple[bool, int, str]:
+        granted = sched.hasten(5)
+        tid = threading.get_native_id()
+        nice = os.getpriority(os.PRIO_PROCESS, tid)
+        return granted, nice, Path(f"/proc/self/task/{tid}/sched").read_text()
+
+    before = os.getpriority(os.PRIO_PROCESS, os.getpid())
+    granted, nice, said = _in_a_thread(asked)
+    if "se.slice" in said:  # since 6.12
+        assert re.search(rf"se\.slice\s*:\s*{sched.SLICE_NS}\b", said)
+    assert granted
+    assert nice == 5
+    assert os.getpriority(os.PRIO_PROCESS, os.getpid()) == before
+
+
+def test_who_is_refused_goes_on(monkeypatch):
+    monkeypatch.setattr(sched, "SET_ATTR", {})
+    assert not sched.hasten(0)
+    monkeypatch.undo()
+
+    def refuse(*_):
+        raise libc.KernelError("sched_setattr", 1)
+
+    monkeypatch.setattr(libc, "call", refuse)
+    assert not sched.hasten(0)
