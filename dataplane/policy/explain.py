@@ -64,6 +64,7 @@ class Party:
     selected: bool = False  # policies may select it
     unknown: bool = False  # its labels are not known
     names: tuple[str, ...] = ()  # DNS names that lead to it, as this node has seen them
+    node: str = ""  # the node that it is
 
     def address(self, family: int) -> Address | None:
         """Return its address of a family."""
@@ -159,7 +160,7 @@ class Explainer:
         if pod.host_network:
             mine = pod.node == self._local.node
             labels = reserved("host" if mine else "remote-node")
-            return Party(f"{name} (host network)", pod.ips, labels, cluster=True)
+            return Party(f"{name} (host network)", pod.ips, labels, cluster=True, node=pod.node)
         given = namespace_labels(pod.namespace, self.objects.namespaces.get(pod.namespace))
         ips = pod.ips or self._attached(pod.namespace, pod.name)
         return Party(name, ips, pod_labels(pod, given), pod, cluster=True, selected=True)
@@ -176,7 +177,8 @@ class Explainer:
         server = ("kube-apiserver",) if address in self._servers else ()
         if node:
             name = "host" if node == self._local.node else "remote-node"
-            return Party(f"node {node}", (address,), reserved(name, *server), cluster=True)
+            labels = reserved(name, *server)
+            return Party(f"node {node}", (address,), labels, cluster=True, node=node)
         for end in self._local.endpoints:
             if address in end.addresses:
                 return self._endpoint(end.namespace, end.pod, address)
@@ -279,6 +281,7 @@ class Explainer:
         port: int,
     ) -> Direction:
         """Judge one direction. address: the peer's, of the family in question."""
+        peer = _seen(subject, peer)
         found = Direction(DIRECTIONS[direction])
         specs = list(self.selecting(subject))
         enforced = [s for p, s, _ in specs if not p.audit and (any(s.isolates) or _denies(s))]
@@ -320,6 +323,15 @@ class Explainer:
             found.near_port.append(one)
         elif not rule.deny and covers:
             found.near_peer.append(one)
+
+
+def _seen(subject: Party, peer: Party) -> Party:
+    """Return a peer as a pod sees it: a node is the host to its own pods, wherever one asks."""
+    if not peer.node or subject.pod is None or not subject.pod.node:
+        return peer
+    name = "host" if peer.node == subject.pod.node else "remote-node"
+    server = ("kube-apiserver",) if "reserved:kube-apiserver" in peer.labels else ()
+    return replace(peer, labels=reserved(name, *server))
 
 
 def _denies(spec: Spec) -> bool:

@@ -103,6 +103,18 @@ def test_the_own_node_the_world_other_nodes_and_itself():
     assert itself["allowed"] and "itself" in itself["note"]
 
 
+@pytest.mark.parametrize("seen_from", ["", "n1", "n2"])
+def test_a_pods_own_node_is_its_own_wherever_one_asks(seen_from):
+    closed = write("closed", "{podSelector: {}, policyTypes: [Ingress]}", space="db")
+    objects = collect([*CLUSTER, closed])
+    judge = Why(Explainer(objects, PolicyOptions(), LocalView(seen_from)))
+
+    def allowed(node: str) -> bool:
+        return judge.answer(question(node, "db/postgres", "80/tcp"))["allowed"]
+
+    assert allowed("192.0.2.2") and not allowed("192.0.2.1")
+
+
 def test_families_are_told_apart_where_they_differ():
     block = write("four", "{podSelector: {}, policyTypes: [Egress], egress: [{to: [{ipBlock: "
                   "{cidr: 10.244.0.0/16}}]}]}")  # fmt: skip
