@@ -64,7 +64,7 @@ class Party:
     selected: bool = False  # policies may select it
     unknown: bool = False  # its labels are not known
     names: tuple[str, ...] = ()  # DNS names that lead to it, as this node has seen them
-    node: str = ""  # the node that it is
+    node: str = ""  # the node that it is, or that it runs on
 
     def address(self, family: int) -> Address | None:
         """Return its address of a family."""
@@ -162,10 +162,13 @@ class Explainer:
             labels = reserved("host" if mine else "remote-node")
             return Party(f"{name} (host network)", pod.ips, labels, cluster=True, node=pod.node)
         given = namespace_labels(pod.namespace, self.objects.namespaces.get(pod.namespace))
-        ips = pod.ips or self._attached(pod.namespace, pod.name)
-        return Party(name, ips, pod_labels(pod, given), pod, cluster=True, selected=True)
+        here = self._attached(pod.namespace, pod.name)
+        ips, node = pod.ips or here, self._local.node if here else pod.node
+        labels = pod_labels(pod, given)
+        return Party(name, ips, labels, pod, cluster=True, selected=True, node=node)
 
     def _attached(self, namespace: str, name: str) -> tuple[Address, ...]:
+        """Return the addresses of a pod of this node."""
         for end in self._local.endpoints:
             if (end.namespace, end.pod) == (namespace, name):
                 return end.addresses
@@ -184,8 +187,7 @@ class Explainer:
                 return self._endpoint(end.namespace, end.pod, address)
         pod = self._pods.get(address)
         if pod is not None:
-            party = self.of_pod(pod)
-            return Party(party.name, (address,), party.labels, pod, True, True)
+            return replace(self.of_pod(pod), addresses=(address,))
         if server:
             return Party(f"{address}", (address,), reserved("kube-apiserver", "world"))
         networks = [*self._local.clusters]
@@ -200,15 +202,12 @@ class Explainer:
     def _endpoint(self, namespace: str, name: str, address: Address) -> Party:
         pod = self.objects.pods.get((namespace, name)) if name else None
         if pod is not None and not pod.host_network:
-            return Party(
-                f"{namespace}/{name}", (address,), self.of_pod(pod).labels, pod, True, True
-            )
+            return replace(self.of_pod(pod), addresses=(address,))
+        here = Party("", (address,), {}, None, True, True, node=self._local.node)
         if not name:
-            labels = reserved("init")
-            return Party(f"container at {address}", (address,), labels, None, True, True)
+            return replace(here, name=f"container at {address}", labels=reserved("init"))
         given = namespace_labels(namespace, self.objects.namespaces.get(namespace))
-        labels = unknown_labels(given)
-        return Party(f"{namespace}/{name}", (address,), labels, None, True, True, True)
+        return replace(here, name=f"{namespace}/{name}", labels=unknown_labels(given), unknown=True)
 
     def _node(self, address: Address) -> str:
         if address in self._local.addresses:
@@ -327,9 +326,9 @@ class Explainer:
 
 def _seen(subject: Party, peer: Party) -> Party:
     """Return a peer as a pod sees it: a node is the host to its own pods, wherever one asks."""
-    if not peer.node or subject.pod is None or not subject.pod.node:
+    if peer.selected or not peer.node or not subject.node:
         return peer
-    name = "host" if peer.node == subject.pod.node else "remote-node"
+    name = "host" if peer.node == subject.node else "remote-node"
     server = ("kube-apiserver",) if "reserved:kube-apiserver" in peer.labels else ()
     return replace(peer, labels=reserved(name, *server))
 

@@ -218,9 +218,9 @@ class Parts:
             verdict |= NAMES | NAMES_ONLY
         some, named = _ports(rule, dict(mine))
         peers = None
-        if rule.peers is not None:  # what a named port is, a wide group does not know
+        if rule.peers is not None:
             used = dict.fromkeys(_what(peer, rule.deny) for peer in rule.peers)
-            peers = tuple(self._selection.use(what, narrow=bool(named)) for what in used)
+            peers = tuple(self._selection.use(what) for what in used)
         for port in named:
             self._selection.use_name(port)
         selectors = tuple(filter(None, map(self._selection.names.use, rule.names)))

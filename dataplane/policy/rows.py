@@ -35,7 +35,7 @@ class Index:
         self.parts: set[Part] = set()
         self.by_selected: tuple[Asked, Asked] = ({}, {})  # by direction
         self.wild: set[Part] = set()  # of any peer
-        self.named: set[Part] = set()  # of any peer, with named ports: of groups that have these
+        self.named: set[Part] = set()  # of any peer, with named ports: of wide groups that have it
         self.naming = 0  # parts with named ports in all; these are of egress
         self.by_names = 0  # parts whose peers are DNS names
 
@@ -131,7 +131,7 @@ class Chains:
     def of_group(self, index: Index, direction: int, group: Group) -> Chain | None:
         """Return the chain of a group."""
         parts = index.fitting(direction, group)
-        if direction == INGRESS or not index.named:
+        if direction == INGRESS or not index.named or not group.wide:
             return self._chain(parts, (), group)
         alone = [part for part in index.named if any(group.numbers(name) for name in part.named)]
         return self._chain(parts, alone, group)

@@ -66,6 +66,7 @@ class Selection:
         self.selected: dict[What, Selected] = {}
         self.wide: dict[What, Selected] = {}
         self.wide_ids: set[int] = set()
+        self.both_ids: set[int] = set()  # of numbers of named ports
         self.by_id = networks.by_id
         self._by_labels: SelectorIndex[Selected] = SelectorIndex()
         self.services: set[Selected] = set()  # sets of addresses of services
@@ -146,12 +147,10 @@ class Selection:
 
     # --- selectors --------------------------------------------------------------------------------
 
-    def use(self, what: What, narrow: bool = False) -> Selected:
-        """Return a selector, in use once more. narrow: it must not be a wide one."""
+    def use(self, what: What) -> Selected:
+        """Return a selector, in use once more."""
         wide = self.wide.get(what)
-        if narrow:
-            selected = self._select(what)
-        elif wide is None and self._reach(what) >= self._wide_from:
+        if wide is None and self._reach(what) >= self._wide_from:
             selected = self._make(what, wide=True)
         else:
             selected = wide or self._select(what)
@@ -184,6 +183,7 @@ class Selection:
         else:
             self.selected[what] = made
         if isinstance(what, Numbered):
+            self.both_ids.add(made.id)
             self.numbered.setdefault(what.port, set()).add(made)
         elif isinstance(what, Labelled):
             self._by_labels.add(what.selector, made)
@@ -236,6 +236,7 @@ class Selection:
                 self.numbered[what.port].discard(selected)
         del (self.wide if selected.wide else self.selected)[what], self.by_id[selected.id]
         self.wide_ids.discard(selected.id)
+        self.both_ids.discard(selected.id)
 
     def _drop(self, one: Identity | Ports) -> None:
         for number in one.selected:
