@@ -41,6 +41,11 @@ _V1, _V2 = "networking.k8s.io/v1", "cilium.io/v2"
 WIDE = {  # rules about very many peers
     "all pods": (_V1, "ingress", {"from": [{"namespaceSelector": {}}]}),
     "0.0.0.0/0": (_V1, "egress", {"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}),
+    "all pods, port http": (
+        _V1,
+        "egress",
+        {"to": [{"namespaceSelector": {}}], "ports": [{"port": "http"}]},
+    ),
     "half of the pods": (
         _V1,
         "ingress",

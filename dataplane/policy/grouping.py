@@ -30,9 +30,9 @@ class Regrouped:
 class Grouping:
     """All groups of one width."""
 
-    def __init__(self, wide: bool, by_id: dict[int, Selected], ids: tuple[set[int], ...]) -> None:
-        """by_id: selectors in use; ids: of those that are wide, and that count in both widths."""
-        self._wide, self._by_id, (self._wide_ids, self._both_ids) = wide, by_id, ids
+    def __init__(self, wide: bool, by_id: dict[int, Selected], wide_ids: set[int]) -> None:
+        """by_id: selectors in use; wide_ids: those that are wide."""
+        self._wide, self._by_id, self._wide_ids = wide, by_id, wide_ids
         self._shift = HASH_BITS * wide
         self._empty = Group(frozenset(), 0, {}, wide)
         self._groups: dict[int, Group] = {0: self._empty}
@@ -78,14 +78,12 @@ class Grouping:
     def _selected(self, kind: Kind) -> frozenset[int]:
         """Return the selectors in use that fit a kind."""
         found = kind.selected()
-        if self._wide:
-            return frozenset(found & self._wide_ids | found & self._both_ids)
-        return frozenset(found - self._wide_ids)
+        return frozenset(found & self._wide_ids if self._wide else found - self._wide_ids)
 
     def _named(self, kind: Kind) -> Named:
-        """Return what numbers the named ports have that rules ask for."""
+        """Return what numbers the named ports have that rules ask for: wide groups know."""
         found: Named = {}
-        for number in kind.ports.selected:
+        for number in kind.ports.selected if self._wide else ():
             what = self._by_id[number].what
             assert isinstance(what, Numbered)
             found.setdefault(what.port, []).append(what.number)

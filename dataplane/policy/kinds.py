@@ -57,11 +57,9 @@ class Selected:
     __slots__ = ("groups", "id", "members", "refs", "rows", "weight", "what", "wide")
 
     def __init__(self, what: What, number: int, weight: int, wide: bool = False) -> None:
-        """weight: of HASH_BITS. Numbers of named ports count in both widths."""
+        """weight: of HASH_BITS."""
         self.what, self.id, self.wide = what, number, wide
         self.weight = weight << HASH_BITS * wide
-        if isinstance(what, Numbered):
-            self.weight |= weight << HASH_BITS
         self.refs = 0
         self.rows: set[Any] = set()
         self.groups: set[Group] = set()

@@ -33,8 +33,8 @@ class Partition:
         self.unmanaged: Holder | None = None  # and those of the cluster
         self.networks = Networks(self._assign, self._dirty)
         self.selection = Selection(self.networks, self._dirty, wide_from)
-        by_id, ids = self.networks.by_id, (self.selection.wide_ids, self.selection.both_ids)
-        self._groupings = [Grouping(wide, by_id, ids) for wide in (False, True)]
+        by_id, wide_ids = self.networks.by_id, self.selection.wide_ids
+        self._groupings = [Grouping(wide, by_id, wide_ids) for wide in (False, True)]
 
     # --- holders and kinds ------------------------------------------------------------------------
 

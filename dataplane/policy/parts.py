@@ -218,9 +218,9 @@ class Parts:
             verdict |= NAMES | NAMES_ONLY
         some, named = _ports(rule, dict(mine))
         peers = None
-        if rule.peers is not None:
+        if rule.peers is not None:  # which numbers a named port has only wide groups know
             used = dict.fromkeys(_what(peer, rule.deny) for peer in rule.peers)
-            peers = tuple(self._selection.use(what) for what in used)
+            peers = tuple(self._selection.use(what, wide=bool(named)) for what in used)
         for port in named:
             self._selection.use_name(port)
         selectors = tuple(filter(None, map(self._selection.names.use, rule.names)))

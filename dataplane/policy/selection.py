@@ -8,8 +8,9 @@ of named ports; a new identity finds its selectors by theirs. Both mark kinds as
 partition.py. A pod of unknown labels is a member of a selector of deny rules where it may be one,
 of a selector of allow rules where it must be one. A selector that fits `wide_from` peers or more
 when a rule begins to use it is wide, for that rule and those that come; rules from before keep a
-narrow one. ALWAYS_WIDE are always in use: rules about everybody are common and finding all takes
-long; and every policy lets the host in, which would else be a second probe about each group.
+narrow one. Numbers of named ports are wide, and so is what is used with them. ALWAYS_WIDE are
+always in use: rules about everybody are common and finding all takes long; and every policy lets
+the host in, which would else be a second probe about each group.
 """
 
 import random
@@ -66,7 +67,6 @@ class Selection:
         self.selected: dict[What, Selected] = {}
         self.wide: dict[What, Selected] = {}
         self.wide_ids: set[int] = set()
-        self.both_ids: set[int] = set()  # of numbers of named ports
         self.by_id = networks.by_id
         self._by_labels: SelectorIndex[Selected] = SelectorIndex()
         self.services: set[Selected] = set()  # sets of addresses of services
@@ -111,7 +111,7 @@ class Selection:
             for port, number in numbers:
                 self._by_port.setdefault(port, set()).add(made)
                 if port in self._names:
-                    self._join(made, self._select(Numbered(port, number)))
+                    self._join(made, self._select(Numbered(port, number), wide=True))
         made.refs += 1
         return made
 
@@ -127,7 +127,7 @@ class Selection:
         if self._names[port] == 1:
             for ports in self._by_port.get(port, ()):
                 for number in _numbers(ports, port):
-                    self._join(ports, self._select(Numbered(port, number)))
+                    self._join(ports, self._select(Numbered(port, number), wide=True))
 
     def unuse_name(self, port: NamedPort) -> None:
         """Undo a use_name()."""
@@ -136,7 +136,7 @@ class Selection:
             del self._names[port]
             for ports in self._by_port.get(port, ()):
                 for number in _numbers(ports, port):
-                    self._idle.add(self.selected[Numbered(port, number)])
+                    self._idle.add(self.wide[Numbered(port, number)])
 
     def _join(self, one: Identity | Ports, selected: Selected) -> None:
         if selected.id not in one.selected:
@@ -147,13 +147,13 @@ class Selection:
 
     # --- selectors --------------------------------------------------------------------------------
 
-    def use(self, what: What) -> Selected:
-        """Return a selector, in use once more."""
-        wide = self.wide.get(what)
-        if wide is None and self._reach(what) >= self._wide_from:
-            selected = self._make(what, wide=True)
+    def use(self, what: What, wide: bool = False) -> Selected:
+        """Return a selector, in use once more. wide: it must be a wide one, if it is no name."""
+        wide = wide and not isinstance(what, NamePattern)
+        if what in self.wide or wide or self._reach(what) >= self._wide_from:
+            selected = self._select(what, wide=True)
         else:
-            selected = wide or self._select(what)
+            selected = self._select(what)
         selected.refs += 1
         return selected
 
@@ -170,8 +170,8 @@ class Selection:
             return len(known.members if known else self._labels.find(what.selector))
         return self._networks.reach(what) if isinstance(what, Block) else 0
 
-    def _select(self, what: What) -> Selected:
-        return self.selected.get(what) or self._make(what)
+    def _select(self, what: What, wide: bool = False) -> Selected:
+        return (self.wide if wide else self.selected).get(what) or self._make(what, wide)
 
     def _make(self, what: What, wide: bool = False) -> Selected:
         self._ids += 1
@@ -183,7 +183,6 @@ class Selection:
         else:
             self.selected[what] = made
         if isinstance(what, Numbered):
-            self.both_ids.add(made.id)
             self.numbered.setdefault(what.port, set()).add(made)
         elif isinstance(what, Labelled):
             self._by_labels.add(what.selector, made)
@@ -236,7 +235,6 @@ class Selection:
                 self.numbered[what.port].discard(selected)
         del (self.wide if selected.wide else self.selected)[what], self.by_id[selected.id]
         self.wide_ids.discard(selected.id)
-        self.both_ids.discard(selected.id)
 
     def _drop(self, one: Identity | Ports) -> None:
         for number in one.selected:
