@@ -145,7 +145,7 @@ class Names:
 
     def killed(self) -> str:
         """Ask all the time while the agent is killed; return how many queries were lost."""
-        with self._load() as found:
+        with self._load(100) as found:
             killed = self.node.kill_agent()
             eventually(lambda: self.node.pid("agent") not in (0, killed), "another agent", 30)
             time.sleep(SECONDS)
@@ -158,7 +158,7 @@ class Names:
         """
         before = {part: self.node.pid(part) for part in PARTS}
         failed: set[str] = set()
-        with self._load() as found:
+        with self._load(20_000) as found:
             os.kill(self.node.process.pid, signal.SIGHUP)  # type: ignore[union-attr]
             left = time.monotonic() + UPGRADE_S
             while any(self.node.pid(part) in (0, before[part]) for part in PARTS):
@@ -173,11 +173,15 @@ class Names:
         return ", ".join(sorted(failed)) or "none failed", once
 
     @contextlib.contextmanager
-    def _load(self) -> Iterator[dict[str, int]]:
-        """dnsperf at QUERIES a second for the body; afterwards the counts of sent and lost."""
+    def _load(self, waiting: int) -> Iterator[dict[str, int]]:
+        """dnsperf at QUERIES a second for the body; afterwards the counts of sent and lost.
+
+        waiting: it pauses while so many have no answer; a server's buffer holds a few hundred.
+        """
         queries = self.node.folder / "queries"
         queries.write_text(f"{NAME} A\n{NAME} AAAA\n" * 50)
-        words = ["dnsperf", "-s", DNS[4], "-d", str(queries), "-Q", str(QUERIES), "-q", "20000"]
+        words = ["dnsperf", "-s", DNS[4], "-d", str(queries), "-Q", str(QUERIES)]
+        words += ["-q", str(waiting)]
         words += ["-t", "1"]  # seconds: what has no answer then is lost, and seen before the end
         asking = subprocess.Popen(
             self.pod.namespace.wrap([*words, "-l", "300"]), stdout=subprocess.PIPE,

@@ -25,6 +25,7 @@ server:
   do-daemonize: no
   max-udp-size: 4096
   num-queries-per-thread: 4096
+  so-rcvbuf: 4m
   domain-insecure: "."
 remote-control:
   control-enable: no

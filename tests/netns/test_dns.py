@@ -190,13 +190,13 @@ def test_the_command_line_knows_what_was_asked(world):
     assert f"the name {NAME}" in {entry["peers"] for entry in entries}
 
 
-def _flood(pod, folder: Path, seconds: int, rate: int = 2000):
-    """Start dnsperf."""
+def _flood(pod, folder: Path, seconds: int, rate: int = 2000, waiting: int = 500):
+    """Start dnsperf, which pauses while so many queries wait for their answers."""
     names = folder / f"{pod.name}-queries"
     names.write_text(f"{NAME} A\nwww.{NAME} AAAA\n{NAME} AAAA\nwww.{NAME} A\n")
     return pod.namespace.spawn(
         "dnsperf", "-s", ADDRESSES[4], "-d", str(names), "-l", str(seconds), "-Q", str(rate),
-        "-q", "20000", "-t", "3", log=f"{pod.name}-dnsperf-{seconds}",
+        "-q", str(waiting), "-t", "3", log=f"{pod.name}-dnsperf-{seconds}",
     )  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def test_an_upgrade_loses_no_query_that_a_client_asks_again(world):
     node = world.nodes[0]
     parts = ("agent", "forwarder", "observer", "dnsproxy")
     before = {part: node.pid(part) for part in parts}
-    flood = _flood(world.genai, Path(world.lab.folder), 300)
+    flood = _flood(world.genai, Path(world.lab.folder), 300, waiting=20000)
     eventually(lambda: _dig(world.genai, NAME)[0] == "NOERROR", "an answer")
     os.kill(node.process.pid, signal.SIGHUP)
     asked, opened, left = [], [], time.monotonic() + 120
