@@ -43,6 +43,9 @@ from xdp.sched import hasten
 from xdp.xsk import Xsk
 
 _RINGS = ("rx", "tx", "fill", "completion")
+# What a new socket's fill ring begins with while there are plenty: beside busy processes a worker
+# may wait for its core for some 10 ms, and a packet that finds no frame meanwhile is lost.
+FILL_FIRST = 512
 
 
 class Worker:
@@ -164,7 +167,8 @@ class Worker:
         sock["tx_flags"] = xsk.tx.flags if xsk.zero_copy else 0
         sock["fill_flags"] = xsk.fill.flags
         sock["tx_room"] = xsk.tx.size
-        sock["fill_goal"] = FILL_LEAST // 2  # doubled at once while there are enough frames
+        plenty = int(self.rings.free_count[0]) > int(self.rings.fill_target[1]) + FILL_FIRST
+        sock["fill_goal"] = (FILL_FIRST if plenty else FILL_LEAST) // 2  # doubled at once
         sock["state"] = STATE_OPEN
         if self.rings.port_sock[port] < 0:
             self.rings.port_sock[port] = index
