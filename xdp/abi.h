@@ -16,7 +16,7 @@
 #ifndef PENSTOCK_ABI_H
 #define PENSTOCK_ABI_H
 
-#define ABI_VERSION 5
+#define ABI_VERSION 6
 
 /* --- limits ------------------------------------------------------------------------------- */
 
@@ -165,6 +165,11 @@ enum port_kind {
   PORT_HOST = 2,                 /* our end of the veth that joins the node's own stack */
   PORT_UPLINK = 3,               /* the device towards other nodes */
   PORT_PROXY = 4,                /* our end of the veth that joins the DNS proxy */
+};
+
+enum port_hook {
+  HOOK_XDP = 0,                  /* frames: XDP and AF_XDP on the device */
+  HOOK_TC = 1,                   /* skbs: tc ingress; what is not in the flow table goes over the trunk */
 };
 
 enum port_state {
@@ -378,6 +383,8 @@ enum stage {
 struct xdp_port {
   __u32 socket_base;             /* key of queue 0 in the XSKMAP */
   __u32 queue_count;
+  __u32 trunk;                   /* HOOK_TC: ifindex over which its packets go to the sockets, tagged */
+  __u32 index;                   /* with this VLAN: row of the port table */
 };
 
 struct steer_prefix {
@@ -534,6 +541,9 @@ struct port {
   __u64 address6_hi;
   __u64 address6_lo;
   char name[16];
+  __u8 hook;                     /* enum port_hook */
+  __u8 reserved[3];
+  __u32 peer_ifindex;            /* host port: of penstock0, the trunk's other end */
 };
 
 /* Row i: next hop i. A row that is in use is never changed: a new one is interned and routes move. */

@@ -15,6 +15,7 @@ import struct
 
 SIOCETHTOOL = 0x8946
 GET_DRIVER, GET_TX_CHECKSUM, SET_TX_CHECKSUM, SET_GRO, GET_CHANNELS = 0x03, 0x16, 0x17, 0x2C, 0x3C
+GET_FLAGS, SET_FLAGS, FLAG_TX_VLAN = 0x25, 0x26, 1 << 7
 
 
 def _ioctl(ifname: str, buffer: ctypes.Array) -> None:
@@ -43,6 +44,16 @@ def coalescing_on(ifname: str) -> None:
     A veth takes frames that XDP redirects to its peer only with NAPI (drivers/net/veth.c).
     """
     _ioctl(ifname, (ctypes.c_uint32 * 2)(SET_GRO, 1))
+
+
+def tags_inline(ifname: str) -> None:
+    """Let a VLAN tag of what the device sends stand in the packet, not beside it. Raises OSError.
+
+    An XDP program at the other end of a veth sees only what stands in the packet.
+    """
+    flags = (ctypes.c_uint32 * 2)(GET_FLAGS, 0)
+    _ioctl(ifname, flags)
+    _ioctl(ifname, (ctypes.c_uint32 * 2)(SET_FLAGS, flags[1] & ~FLAG_TX_VLAN))
 
 
 def driver(ifname: str) -> str:

@@ -90,6 +90,21 @@ ffi.cdef(
     };
     int bpf_xdp_query(int ifindex, int flags, struct bpf_xdp_query_opts *opts);
 
+    struct bpf_tc_hook { size_t sz; int ifindex; int attach_point; uint32_t parent; size_t :0; };
+    struct bpf_tc_opts {
+      size_t sz;
+      int prog_fd;
+      uint32_t flags;
+      uint32_t prog_id;
+      uint32_t handle;
+      uint32_t priority;
+      size_t :0;
+    };
+    int bpf_tc_hook_create(struct bpf_tc_hook *hook);
+    int bpf_tc_attach(const struct bpf_tc_hook *hook, struct bpf_tc_opts *opts);
+    int bpf_tc_detach(const struct bpf_tc_hook *hook, const struct bpf_tc_opts *opts);
+    int bpf_tc_query(const struct bpf_tc_hook *hook, struct bpf_tc_opts *opts);
+
     struct bpf_test_run_opts {
       size_t sz;
       const void *data_in;

@@ -96,11 +96,20 @@ class Penstock(Subject):
     @property
     def has_flow_table(self) -> bool:
         """Whether XDP may forward packets that are counted later."""
-        return "flow_table" in ForwarderSection.model_fields and not self.forwarder
+        return self.forwarder.get("flow_table") != "off"
 
     def snapshots(self) -> list[Snapshot]:
         """What every node has counted."""
         return [snapshot(node.run_dir) for node in self.cluster.nodes]
+
+
+class PenstockTc(Penstock):
+    """The same with pods whose packets are taken at tc ingress."""
+
+    name = "penstock, pods at tc"
+    remark = "skbs at tc ingress instead of frames in XDP"
+    quick = True
+    forwarder: ClassVar[dict[str, Any]] = {"pod_hook": "tc"}
 
 
 class PenstockVector(Penstock):

@@ -13,6 +13,7 @@ Operations on one container are serialised by the server, GC runs alone.
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 from dataplane.cni import check, result, wire
@@ -117,6 +118,7 @@ class Backend:
             node,
             endpoint.queue_count,
         )
+        attachment = replace(attachment, hook=endpoint.hook)  # as it was attached
         found = check.differences(
             attachment, request.previous or {}, *await _in_thread(check.look, attachment)
         )
@@ -224,6 +226,7 @@ class Backend:
             pod_name=request.arguments.get("K8S_POD_NAME", ""),
             pod_uid=request.arguments.get("K8S_POD_UID", ""),
             port_mappings=request.port_mappings,
+            hook=attachment.hook,
         )
 
     async def _wait_ready(self, endpoint: Endpoint) -> None:

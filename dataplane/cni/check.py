@@ -71,7 +71,7 @@ def differences(
             found.append(
                 f"the neighbour {router} is {mac or 'missing'}, not {attachment.router_mac}"
             )
-    if pod.checksum_offload:
+    if pod.checksum_offload and attachment.hook == "xdp":
         found.append(f"transmit checksum offload of {attachment.ifname} is on")
     return found
 

@@ -41,6 +41,7 @@ class Endpoint:
     pod_name: str = ""
     pod_uid: str = ""
     port_mappings: tuple[PortMapping, ...] = ()
+    hook: str = "xdp"  # Attachment's
 
     @property
     def key(self) -> Key:

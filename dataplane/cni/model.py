@@ -28,6 +28,7 @@ class NodeAddressing:
     local_cidrs: tuple[Network, ...]  # pod prefixes of this node, reached with the large MTU
     path_mtu: int  # bytes of the largest IP packet that reaches any pod unfragmented
     gateway_mac: str  # "02:50:..", the MAC of the router addresses
+    hook: str = "xdp"  # of new pods: where their packets are taken, "xdp" or "tc"
 
     def router(self, version: int) -> Address | None:
         """The router address of family 4 or 6."""
@@ -58,6 +59,7 @@ class Attachment:
     routes: tuple[PodRoute, ...]
     queue_count: int
     mtu: int = MTU
+    hook: str = "xdp"
 
     @staticmethod
     def plan(
@@ -83,6 +85,7 @@ class Attachment:
             router_mac=node.gateway_mac,
             routes=tuple(r for a in kept for r in pod_routes(node, a.version)),
             queue_count=queue_count,
+            hook=node.hook,
         )
 
 

@@ -9,6 +9,10 @@ pods of a node meet no smaller link, while the routes carry the true path MTU; a
 have the same number of queues: the host end's native XDP needs a receive queue for each transmit
 queue of its peer (drivers/net/veth.c, veth_xdp_set). The host end gets no IPv6 address: it is a
 port of the forwarder, not an interface of the node's stack. Removing it removes the pod's end.
+
+A pod's packets are taken by XDP or at tc ingress (`hook`, for the pod's life). XDP sees raw bytes,
+so checksums must be complete when they leave the pod; at tc the kernel keeps track of them. There
+the host end has NAPI, so that the pod may send frames as well (AF_XDP, XDP_REDIRECT).
 """
 
 import errno
@@ -54,6 +58,8 @@ def attach(attachment: Attachment) -> int:
         try:
             with _refusal(f"configure {attachment.host_ifname}"):
                 index = _configure_host(host, attachment.host_ifname)
+                if attachment.hook == "tc":
+                    device.coalescing_on(attachment.host_ifname)
             with _refusal(f"configure {attachment.ifname} in {attachment.netns}"):
                 namespaces.call_in(netns, lambda: _configure_pod(attachment))
         except BaseException:
@@ -130,7 +136,8 @@ def _configure_pod(attachment: Attachment) -> None:
     """Runs in the pod's namespace."""
     if any(address.version == 6 for address in attachment.addresses):
         _prepare_ipv6(attachment.ifname)
-    device.checksum_off(attachment.ifname)
+    if attachment.hook == "xdp":
+        device.checksum_off(attachment.ifname)
     with IPRoute() as ip:
         ip.link("set", index=ip.link_lookup(ifname="lo")[0], state="up")
         index = ip.link_lookup(ifname=attachment.ifname)[0]

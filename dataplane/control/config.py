@@ -145,6 +145,11 @@ class ForwarderSection(_Section):
     watchdog_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
         3000, description="without a heartbeat for so long the uplink is the kernel's; 0: never"
     )
+    pod_hook: Literal["xdp", "tc"] = Field(
+        "xdp",
+        description="where new pods' packets are taken: tc: least work for pods that use sockets; "
+        "xdp: most packets a second for pods that send frames (AF_XDP)",
+    )
     flow_table: bool = Field(True, description="let XDP forward established flows by itself")
     flow_entries: Annotated[int, Field(ge=FLOW_SLOTS_LEAST, le=FLOW_SLOTS_MOST)] = Field(
         1 << 18, description="directions of flows that it holds, 136 bytes each"

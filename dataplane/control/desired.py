@@ -62,7 +62,16 @@ def _ports(
     host, peer = actual.links.get(HOST), actual.links.get(HOST_PEER)
     if host and peer:
         found.append(
-            Port(PORT_HOST, peer.name, peer.index, peer.mtu, me.workers, peer.mac, host.mac)
+            Port(
+                PORT_HOST,
+                peer.name,
+                peer.index,
+                peer.mtu,
+                me.workers,
+                peer.mac,
+                host.mac,
+                peer_ifindex=host.index,
+            )
         )
     if proxy := actual.links.get(PROXY_PEER):
         queues = min(proxy.queues, CONST["QUEUES_MAX"])
@@ -89,6 +98,7 @@ def _ports(
                     address4=end.address4,
                     address6=end.address6,
                     endpoint=end.number,
+                    hook=end.hook,
                 )
             )
         except TableError as error:

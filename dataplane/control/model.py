@@ -116,6 +116,7 @@ class EndpointView:
     queue_count: int
     address4: IPv4Address | None
     address6: IPv6Address | None
+    hook: int = 0  # enum port_hook
 
 
 @dataclass(frozen=True)

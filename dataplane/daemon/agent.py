@@ -42,7 +42,9 @@ from dataplane.tables.shm import Shm
 from dataplane.tables.writer import TableWriter
 from ipam.errors import IpamError
 from ipam.service import Ipam
+from xdp.abi import value
 
+HOOKS = {"xdp": value("HOOK_XDP"), "tc": value("HOOK_TC")}
 READY_S = 20.0  # an ADD waits so long for the forwarder to take its port
 SWEEP_S = 60.0  # how often leases of pods that are gone are looked for
 FORWARDER_S = 5.0
@@ -66,6 +68,7 @@ def _view(endpoint: Endpoint) -> EndpointView:
         queue_count=endpoint.queue_count,
         address4=endpoint.address4,
         address6=endpoint.address6,
+        hook=HOOKS[endpoint.hook],
     )
 
 
@@ -131,6 +134,7 @@ class Agent:
             local_cidrs=node.pod_cidrs,
             path_mtu=int(wanted.view["path_mtu"]),
             gateway_mac=wanted.gateway_mac.hex(":"),
+            hook=self.config.forwarder.pod_hook,
         )
 
     async def _sync_forwarder(self) -> None:

@@ -29,7 +29,8 @@ from xdp.object import BpfObject
 
 WAYS = CONST["FLOW_WAYS"]
 LINE = np.dtype(f"V{4 * WAYS}")
-MAPS = ("steering", "flow_tags", "flow_entries", "hops", "flow_devices", "flow_faults")
+MAPS = ("steering", "flow_tags", "flow_entries", "hops", "flow_devices", "flow_ifindexes",
+        "flow_faults")  # fmt: skip
 WRITTEN, LIVE = value("FLOW_WRITTEN"), value("FLOW_LIVE")
 RESTING, RECORD_LIVE = value("FLOW_RESTING"), value("RECORD_LIVE")
 
@@ -152,6 +153,7 @@ class FlowTable:
     def _open(self, port: int, ifindex: int) -> None:
         try:
             self._bpf.maps["flow_devices"].update(port, ifindex)
+            self._bpf.maps["flow_ifindexes"].update(port, ifindex)
         except KernelError:
             return  # the device is gone again
         self.devices[port] = 1
@@ -160,6 +162,7 @@ class FlowTable:
         """Redirect nothing to a port any more."""
         self.devices[port] = 0
         self.renew()
+        self._bpf.maps["flow_ifindexes"].update(port, 0)
         try:
             self._bpf.maps["flow_devices"].delete(port)
         except KernelError:

@@ -24,15 +24,19 @@ import numpy as np
 from dataplane.engine.flowtable import FlowTable
 from dataplane.engine.worker import Worker
 from xdp.abi import CONST, DTYPE, value
+from xdp.device import tags_inline
 from xdp.errors import KernelError, XdpError
 from xdp.handover import Handover
 from xdp.link import Link, attach_link, attach_netlink, detach_netlink, query
 from xdp.object import BpfObject, Program
+from xdp.tc import attach_ingress, detach_ingress
 from xdp.umem import Umem
 from xdp.xsk import Xsk
 
 PORT_UPLINK = value("PORT_UPLINK")
+PORT_HOST = value("PORT_HOST")
 PORT_ACTIVE = value("PORT_ACTIVE")
+HOOK_TC = value("HOOK_TC")
 QUEUES_MAX = CONST["QUEUES_MAX"]
 AT_ONCE = 16  # ports that are opened or closed
 UPLINK = "uplink:"  # and the ifindex: name of a link in the handover
@@ -47,6 +51,8 @@ class OpenPort:
     kind: int
     ifindex: int
     queue_count: int
+    hook: int = 0
+    peer_ifindex: int = 0
     sockets: list[tuple[Xsk, Worker, int]] = field(default_factory=list)
     link: Link | None = None
     native: bool = False
@@ -61,7 +67,7 @@ class OpenPort:
             "name": self.name,
             "ifindex": self.ifindex,
             "ready": bool(xsks) and not self.error,
-            "mode": "native" if self.native else "generic",
+            "mode": "tc" if self.hook == HOOK_TC else "native" if self.native else "generic",
             "zero_copy": bool(xsks) and all(xsk.zero_copy for xsk in xsks),
             "sg": bool(xsks) and all(xsk.sg for xsk in xsks),
             "error": self.error,
@@ -88,6 +94,7 @@ class Ports:
         self._bpf = bpf
         self._workers = workers
         self._open: dict[int, OpenPort] = {}
+        self._trunk = 0  # ifindex over which packets of ports at tc come, 0: it does not stand
 
     def view(self) -> list[dict[str, Any]]:
         """Return every port that is open or could not be opened."""
@@ -109,6 +116,7 @@ class Ports:
             if index not in self._open
         ]
         _side_by_side(partial(self._step, self._open_sockets), fresh)
+        self._say_trunk()
         _side_by_side(partial(self._step, self._attach), fresh)  # now packets come, for all
         for name in [name for name in self._handover.kept if name.startswith(UPLINK)]:
             self._kept(name).detach()  # nobody's uplink any more
@@ -167,20 +175,40 @@ class Ports:
 
     def _open_sockets(self, port: OpenPort) -> None:
         workers = len(self._workers)
+        receives, trunk = port.hook != HOOK_TC, port.kind == PORT_HOST
         for queue in range(port.queue_count):
             worker = self._workers[queue % workers]
             xsk = Xsk(self._umem, port.ifindex, queue)
             try:
-                slot = worker.call(partial(worker.add, xsk, port.index))
+                slot = worker.call(partial(worker.add, xsk, port.index, receives, trunk))
             except BaseException:
                 xsk.close()
                 raise
             port.sockets.append((xsk, worker, slot))
             self._bpf.maps["xsks"].update(port.base + queue, xsk.fd)
+        if trunk:
+            tags_inline(socket.if_indextoname(port.peer_ifindex))
+        self._say(port)
+
+    def _say(self, port: OpenPort) -> None:
+        """Tell the programs where a port's packets go."""
         entry = np.zeros((), DTYPE["xdp_port"])
         entry["socket_base"] = port.base
         entry["queue_count"] = port.queue_count
+        entry["trunk"] = self._trunk if port.hook == HOOK_TC else 0
+        entry["index"] = port.index
         self._bpf.maps["xdp_ports"].update(port.ifindex, entry.tobytes())
+
+    def _say_trunk(self) -> None:
+        """Tell the programs at tc which device the trunk is now: it is opened like any port."""
+        standing = [port for port in self._open.values() if not port.error]
+        trunk = next((port.peer_ifindex for port in standing if port.kind == PORT_HOST), 0)
+        if trunk == self._trunk:
+            return
+        self._trunk = trunk
+        for port in standing:
+            if port.hook == HOOK_TC:
+                self._say(port)
 
     def _reserve(self, port: OpenPort) -> int:
         """Return the first key of a free run of queue_count keys in the XSKMAP."""
@@ -202,6 +230,8 @@ class Ports:
         if port.kind == PORT_UPLINK:
             port.link = self._link(self._bpf.programs["uplink_rx"], port.ifindex)
             port.native = port.link.native
+        elif port.hook == HOOK_TC:
+            attach_ingress(self._bpf.programs["pod_tc"], port.ifindex)
         else:
             attached = attach_netlink(self._bpf.programs["pod_rx"], port.ifindex)
             port.native = attached.native
@@ -235,6 +265,8 @@ class Ports:
                 self._handover.drop(f"{UPLINK}{port.ifindex}")
             port.link.close()
             port.link = None
+        elif detach and port.hook == HOOK_TC:
+            _ignore(partial(detach_ingress, port.ifindex))
         elif detach and port.kind != PORT_UPLINK:
             _ignore(partial(detach_netlink, port.ifindex))
         _ignore(partial(self._bpf.maps["xdp_ports"].delete, port.ifindex))
@@ -247,13 +279,16 @@ class Ports:
         port.base = -1
 
 
-def _identity(row: np.void) -> tuple[str, int, int, int]:
-    name = row["name"].decode()
-    return name, int(row["kind"]), int(row["ifindex"]), int(row["queue_count"])
+_IDENTITY = ("kind", "ifindex", "queue_count", "hook", "peer_ifindex")
 
 
-def _identity_of(port: OpenPort) -> tuple[str, int, int, int]:
-    return port.name, port.kind, port.ifindex, port.queue_count
+def _identity(row: np.void) -> tuple[str, int, int, int, int, int]:
+    kind, ifindex, queues, hook, peer = (int(row[name]) for name in _IDENTITY)
+    return row["name"].decode(), kind, ifindex, queues, hook, peer
+
+
+def _identity_of(port: OpenPort) -> tuple[str, int, int, int, int, int]:
+    return (port.name, *(getattr(port, name) for name in _IDENTITY))
 
 
 def _side_by_side(action: Callable[[OpenPort], None], ports: list[OpenPort]) -> None:

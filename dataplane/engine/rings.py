@@ -28,6 +28,7 @@ from dataplane.kernels.batch import (
 from dataplane.kernels.fragments import HELD_MAX, HOLD_NS, SLOT_FREE, SLOT_READY
 from dataplane.kernels.house import (
     inline,
+    load16be,
     load32,
     load32_acquire,
     load64,
@@ -50,6 +51,7 @@ BASE_MASK = (1 << 48) - 1
 PACKET_CONTINUES = 1  # XDP_PKT_CONTD
 NEED_WAKEUP = 1  # XDP_RING_NEED_WAKEUP
 DONT_WAIT = 0x40  # MSG_DONTWAIT
+ETHERTYPE_VLAN, TAGGED = 0x8100, 18  # IEEE 802.1Q; bytes of a tagged Ethernet header
 
 STATE_EMPTY = 0
 STATE_OPEN = 1
@@ -73,7 +75,7 @@ SOCK = np.dtype(
     + [(f"{ring}_descriptors", "i8") for ring in _RINGS]
     + [(f"{ring}_size", "i8") for ring in _RINGS]
     + [("tx_flags", "i8"), ("fill_flags", "i8"), ("tx_head", "i8"), ("tx_room", "i8")]
-    + [("fill_goal", "i8")]
+    + [("fill_goal", "i8"), ("receives", "i8"), ("trunk", "i8")]
 )
 """One socket: memory addresses of ring words, sizes, and the worker's own cursors."""
 
@@ -82,8 +84,8 @@ class Rings(NamedTuple):
     """All that a worker's loop needs of its sockets and frames."""
 
     socks: Rows  # SOCK[SOCKS_MAX]
-    active: Rows  # int64[SOCKS_MAX]: indices of open sockets
-    active_count: Rows  # int64[1]
+    active: Rows  # int64[SOCKS_MAX]: indices of open sockets, those that receive first
+    active_count: Rows  # int64[2]: all; those that receive
     port_sock: Rows  # int64[PORTS_MAX]: socket that transmits for a port, -1: none
     free: Rows  # int64[frames]: stack of chunk bases
     free_count: Rows  # int64[1]
@@ -99,7 +101,7 @@ def make_rings(area: int, frames: np.ndarray) -> Rings:
     rings = Rings(
         socks=Rows(np.zeros(SOCKS_MAX, SOCK)),
         active=Rows(np.zeros(SOCKS_MAX, np.int64)),
-        active_count=Rows(np.zeros(1, np.int64)),
+        active_count=Rows(np.zeros(2, np.int64)),
         port_sock=Rows(np.full(PORTS_MAX, -1, np.int64)),
         free=Rows(np.zeros(len(frames), np.int64)),
         free_count=Rows(np.full(1, len(frames), np.int64)),
@@ -224,18 +226,40 @@ def _again(b, f, now):
 
 
 @inline
+def _untag(b, first, count):
+    """Packets first.. came over the trunk: whose VLAN tag names a port is a packet of that port."""
+    for i in range(first, count):
+        at = b.address[i]
+        if b.length[i] < TAGGED or load16be(at + 12) != ETHERTYPE_VLAN:
+            continue
+        port = load16be(at + 14)
+        if port >= PORTS_MAX:
+            continue
+        high, low = load64(at), load32(at + 8)
+        store64(at + 4, high)
+        store32(at + 12, low)
+        b.address[i] = at + 4
+        b.length[i] -= 4
+        b.total[i] -= 4
+        b.ingress[i] = port
+
+
+@inline
 def receive(b, r, f, now):
     """Fill the vector from all sockets in turn; b.count[0] says how many packets came."""
     count = _again(b, f, now) if f.waiting_count[0] else 0
     used = 0
     b.area[0] = r.area[0]
-    sockets = r.active_count[0]
+    sockets = r.active_count[1]
     first = r.turn[0]
     for n in range(sockets):
         k = first + n
         if k >= sockets:
             k -= sockets
+        before = count
         count, used = _receive_from(b, r, r.active[k], count, used)
+        if r.socks[r.active[k]].trunk and count > before:
+            _untag(b, before, count)
         if count >= VECTOR_MAX:
             break
     r.turn[0] = first + 1 if first + 1 < sockets else 0

@@ -147,8 +147,11 @@ class Worker:
 
     # --- what `call` runs: the worker's own thread only ---------------------------------------
 
-    def add(self, xsk: Xsk, port: int) -> int:
-        """Take a socket into the loop; return its index among this worker's sockets."""
+    def add(self, xsk: Xsk, port: int, receives: bool = True, trunk: bool = False) -> int:
+        """Take a socket into the loop; return its index among this worker's sockets.
+
+        receives: it gets packets, and memory for them; trunk: they carry VLAN tags (rings.py).
+        """
         free = np.flatnonzero(self.rings.socks["state"] == STATE_EMPTY)
         if not len(free):
             raise RuntimeError(f"worker {self.number} has {SOCKS_MAX} sockets, the limit")
@@ -169,11 +172,15 @@ class Worker:
         sock["tx_room"] = xsk.tx.size
         plenty = int(self.rings.free_count[0]) > int(self.rings.fill_target[1]) + FILL_FIRST
         sock["fill_goal"] = (FILL_FIRST if plenty else FILL_LEAST) // 2  # doubled at once
+        sock["receives"], sock["trunk"] = receives, trunk
+        if not receives:
+            sock["fill_goal"] = 0
         sock["state"] = STATE_OPEN
         if self.rings.port_sock[port] < 0:
             self.rings.port_sock[port] = index
         self._settle()
-        self._epoll.register(xsk.fd, select.EPOLLIN)
+        if receives:
+            self._epoll.register(xsk.fd, select.EPOLLIN)
         return index
 
     def remove(self, index: int) -> int:
@@ -203,8 +210,9 @@ class Worker:
 
     def _settle(self) -> None:
         active = np.flatnonzero(self.rings.socks["state"] == STATE_OPEN)
-        self.rings.active[: len(active)] = active
-        self.rings.active_count[0] = len(active)
+        receives = self.rings.socks["receives"][active] > 0
+        self.rings.active[: len(active)] = np.concatenate((active[receives], active[~receives]))
+        self.rings.active_count[:] = len(active), receives.sum()
         self.rings.turn[0] = 0
         half = len(self.rings.free) // 2  # kept for later ports and what is on its way
         self.rings.fill_target[:] = max(FILL_LEAST, min(FILL_MOST, half)), half

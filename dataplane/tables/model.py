@@ -59,10 +59,13 @@ class Port:
     address4: IPv4Address | None = None
     address6: IPv6Address | None = None
     endpoint: int = 0
+    hook: int = 0  # enum port_hook
+    peer_ifindex: int = 0  # host port: of penstock0
 
     def __post_init__(self) -> None:
         """Raise TableError for what the row cannot hold."""
         _check_kind("the port's kind", self.kind, "port_kind")
+        _check_kind("the port's hook", self.hook, "port_hook")
         if not 0 < len(self.name.encode()) <= NAME_MOST:
             raise TableError(f"port name {self.name!r} must have 1..{NAME_MOST} bytes")
         check_range(f"ifindex of {self.name}", self.ifindex, 1, (1 << 31) - 1)

@@ -242,6 +242,7 @@ def _row(port: Port, dtype: np.dtype) -> np.ndarray:
     six = int(port.address6) if port.address6 else 0
     row["address6_hi"], row["address6_lo"] = six >> 64, six & MASK64
     row["name"] = port.name.encode()
+    row["hook"], row["peer_ifindex"] = port.hook, port.peer_ifindex
     return row
 
 
@@ -258,4 +259,6 @@ def _port(row: np.void) -> Port:
         address4=IPv4Address(int(row["address4"])) if row["address4"] else None,
         address6=IPv6Address(six) if six else None,
         endpoint=int(row["endpoint"]),
+        hook=int(row["hook"]),
+        peer_ifindex=int(row["peer_ifindex"]),
     )

@@ -53,6 +53,14 @@ struct {
   __type(value, __u32);
 } flow_devices SEC(".maps");
 
+/* The same for programs at tc, which may not look into a device map: ifindex by port, 0: none. */
+struct {
+  __uint(type, BPF_MAP_TYPE_ARRAY);
+  __uint(max_entries, PORTS_MAX);
+  __type(key, __u32);
+  __type(value, __u32);
+} flow_ifindexes SEC(".maps");
+
 #define FLOW_MISS -1
 #define FLOW_MIX_A 0x9E3779B97F4A7C15ULL
 #define FLOW_MIX_B 0xC2B2AE3D27D4EB4FULL
@@ -200,14 +208,15 @@ static __always_inline __u16 csum_add(__u16 check, __u32 delta)
   return ~fold((__u16)~check + delta);
 }
 
-static __always_inline void flow_ports(__u8 *l4, __u8 protocol, const struct flow_entry *e)
+/* New ports. sums: the checksum is in the packet, complete, and follows. */
+static __always_inline void flow_ports(__u8 *l4, __u8 protocol, const struct flow_entry *e, int sums)
 {
   __u16 *ports = (void *)l4;
   __u16 *check = (void *)(l4 + (protocol == IPPROTO_TCP ? 16 : 6));
 
   ports[0] = e->new_source_port_be;
   ports[1] = e->new_target_port_be;
-  if (protocol == IPPROTO_UDP && !*check)
+  if (!sums || (protocol == IPPROTO_UDP && !*check))
     return; /* none was computed */
   *check = csum_add(*check, e->l4_delta);
   if (protocol == IPPROTO_UDP && !*check)
@@ -215,7 +224,8 @@ static __always_inline void flow_ports(__u8 *l4, __u8 protocol, const struct flo
 }
 
 /* Rewrite the IP packet at ip by an entry. The packet's bounds have been proven by flow_key. */
-static __always_inline int flow_rewrite4(struct iphdr *ip, const void *end, const struct flow_entry *e)
+static __always_inline int flow_rewrite4(struct iphdr *ip, const void *end,
+                                         const struct flow_entry *e, int sums)
 {
   __u8 *l4 = (void *)(ip + 1);
   __u32 delta = e->l3_delta;
@@ -228,9 +238,9 @@ static __always_inline int flow_rewrite4(struct iphdr *ip, const void *end, cons
     if (ip->protocol == IPPROTO_TCP) {
       if (l4 + 20 > (__u8 *)end)
         return 0;
-      flow_ports(l4, IPPROTO_TCP, e);
+      flow_ports(l4, IPPROTO_TCP, e, sums);
     } else {
-      flow_ports(l4, IPPROTO_UDP, e);
+      flow_ports(l4, IPPROTO_UDP, e, sums);
     }
   }
   if (!(e->flags & FLOW_KEEP_HOPS)) {
@@ -241,7 +251,8 @@ static __always_inline int flow_rewrite4(struct iphdr *ip, const void *end, cons
   return 1;
 }
 
-static __always_inline int flow_rewrite6(struct ipv6hdr *ip, const void *end, const struct flow_entry *e)
+static __always_inline int flow_rewrite6(struct ipv6hdr *ip, const void *end,
+                                         const struct flow_entry *e, int sums)
 {
   __u8 *l4 = (void *)(ip + 1);
 
@@ -253,9 +264,9 @@ static __always_inline int flow_rewrite6(struct ipv6hdr *ip, const void *end, co
     if (ip->nexthdr == IPPROTO_TCP) {
       if (l4 + 20 > (__u8 *)end)
         return 0;
-      flow_ports(l4, IPPROTO_TCP, e);
+      flow_ports(l4, IPPROTO_TCP, e, sums);
     } else {
-      flow_ports(l4, IPPROTO_UDP, e);
+      flow_ports(l4, IPPROTO_UDP, e, sums);
     }
   }
   if (!(e->flags & FLOW_KEEP_HOPS))
@@ -302,6 +313,15 @@ static __always_inline int flow_outer(void *eth, const void *end, const struct h
     __builtin_memcpy(data, hop->header, (size));                           \
   } while (0)
 
+static __always_inline void flow_fault(void)
+{
+  __u32 zero = 0;
+  __u64 *faults = bpf_map_lookup_elem(&flow_faults, &zero);
+
+  if (faults)
+    __sync_fetch_and_add(faults, 1);
+}
+
 /* Send a rewritten packet and count it. */
 static __always_inline int flow_send(struct flow_entry *live, __u32 port, __u32 length)
 {
@@ -313,11 +333,7 @@ static __always_inline int flow_send(struct flow_entry *live, __u32 port, __u32 
     __sync_fetch_and_add(&live->bytes, length);
     live->last_ns = bpf_ktime_get_coarse_ns();
   } else {
-    __u32 zero = 0;
-    __u64 *faults = bpf_map_lookup_elem(&flow_faults, &zero);
-
-    if (faults)
-      __sync_fetch_and_add(faults, 1);
+    flow_fault();
   }
   return verdict;
 }
@@ -374,12 +390,12 @@ static __noinline int flow_forward(struct xdp_md *ctx, const struct steering *s,
   if (key->four) {
     struct iphdr *ip = data + sizeof(struct ethhdr);
 
-    if ((void *)(ip + 1) > end || !flow_rewrite4(ip, end, &e))
+    if ((void *)(ip + 1) > end || !flow_rewrite4(ip, end, &e, 1))
       return XDP_ABORTED;
   } else {
     struct ipv6hdr *ip = data + sizeof(struct ethhdr);
 
-    if ((void *)(ip + 1) > end || !flow_rewrite6(ip, end, &e))
+    if ((void *)(ip + 1) > end || !flow_rewrite6(ip, end, &e, 1))
       return XDP_ABORTED;
   }
   if (size != sizeof(struct ethhdr)) {
@@ -391,32 +407,38 @@ static __noinline int flow_forward(struct xdp_md *ctx, const struct steering *s,
   return flow_send(live, hop->port, key->length);
 }
 
-/* Look up the IP packet at key->l3, whose EtherType is kind, and forward it. */
-static __always_inline int flow_packet(struct xdp_md *ctx, const struct steering *s,
-                                       struct flow_key *key, __u32 l3, __u16 kind)
+/* Fill the key of the IP packet at `at`, whose EtherType is kind; 0: it is not one for the table. */
+static __always_inline int flow_key(const void *at, const void *end, __u16 kind, struct flow_key *key)
 {
-  void *at = (void *)(long)ctx->data + l3;
-  void *end = (void *)(long)ctx->data_end;
-
-  key->l3 = l3;
-  key->ifindex = ctx->ingress_ifindex;
   if (kind == bpf_htons(ETH_P_IP)) {
     const struct iphdr *ip = at;
 
     if (!flow_key4(ip, end, key))
-      return FLOW_MISS;
+      return 0;
     key->four = 1;
     key->tos = ip->tos;
-  } else if (kind == bpf_htons(ETH_P_IPV6)) {
+    return 1;
+  }
+  if (kind == bpf_htons(ETH_P_IPV6)) {
     const struct ipv6hdr *ip = at;
 
     if (!flow_key6(ip, end, key))
-      return FLOW_MISS;
+      return 0;
     key->four = 0;
     key->tos = bpf_ntohl(*(const __u32 *)ip) >> 20;
-  } else {
-    return FLOW_MISS;
+    return 1;
   }
+  return 0;
+}
+
+/* Look up the IP packet at key->l3, whose EtherType is kind, and forward it. */
+static __always_inline int flow_packet(struct xdp_md *ctx, const struct steering *s,
+                                       struct flow_key *key, __u32 l3, __u16 kind)
+{
+  key->l3 = l3;
+  key->ifindex = ctx->ingress_ifindex;
+  if (!flow_key((void *)(long)ctx->data + l3, (void *)(long)ctx->data_end, kind, key))
+    return FLOW_MISS;
   return flow_forward(ctx, s, key);
 }
 

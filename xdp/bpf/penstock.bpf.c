@@ -6,7 +6,9 @@
  *
  * Theory. Nothing is decided here but the way: every decision about a packet is made once, in the
  * vector kernels; what they have decided of a flow stands in the flow table (flows.h), which is asked
- * first. Of the rest pod_rx takes everything; uplink_rx takes UDP packets to the tunnel port at one of
+ * first. Of the rest pod_rx takes everything, and so does pod_tc (segments.h), which has no socket of its
+ * own: it sends over the trunk, the veth that joins the node's stack, at whose other end pod_rx takes
+ * what comes. uplink_rx takes UDP packets to the tunnel port at one of
  * our underlay addresses, packets to our pod prefixes, to services' frontends (frontends.h) and to
  * connections that were masqueraded (nat.h); packets with IPv4 options, fragments and IPv6 extension
  * headers are never tunnel packets of ours.
@@ -18,12 +20,14 @@
 #include <linux/ipv6.h>
 #include <linux/in.h>
 #include <linux/udp.h>
+#include <linux/pkt_cls.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include "abi.h"
 #include "nat.h"
 #include "frontends.h"
 #include "flows.h"
+#include "segments.h"
 
 struct {
   __uint(type, BPF_MAP_TYPE_XSKMAP);
@@ -74,6 +78,39 @@ int pod_rx(struct xdp_md *ctx)
       return verdict;
   }
   return to_socket(ctx, XDP_DROP);
+}
+
+/* Send a pod's packet to the sockets of the trunk: VLAN tag n says that it is port n's. */
+static __always_inline int to_trunk(struct __sk_buff *skb)
+{
+  __u32 ifindex = skb->ifindex;
+  struct xdp_port *port = bpf_map_lookup_elem(&xdp_ports, &ifindex);
+
+  if (!port || !port->trunk || bpf_skb_vlan_push(skb, bpf_htons(ETH_P_8021Q), port->index))
+    return TC_ACT_SHOT;
+  return bpf_redirect(port->trunk, 0);
+}
+
+SEC("tc")
+int pod_tc(struct __sk_buff *skb)
+{
+  void *data = (void *)(long)skb->data;
+  void *end = (void *)(long)skb->data_end;
+  const struct ethhdr *eth = data;
+  __u32 zero = 0;
+  const struct steering *s = bpf_map_lookup_elem(&steering, &zero);
+
+  if (s && s->flow_generation && (void *)(eth + 1) <= end && !(eth->h_dest[0] & 1)) {
+    struct flow_key key = {.l3 = sizeof(*eth), .ifindex = skb->ifindex};
+
+    if (!skb->vlan_present && flow_key(eth + 1, end, eth->h_proto, &key)) {
+      int verdict = segment_forward(skb, s, &key);
+
+      if (verdict != FLOW_MISS)
+        return verdict;
+    }
+  }
+  return to_trunk(skb);
 }
 
 static __always_inline int is_alive(const struct steering *s)
