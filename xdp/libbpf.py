@@ -149,6 +149,15 @@ ffi.cdef(
     int bpf_map_create(int type, const char *name, uint32_t key_size, uint32_t value_size,
                        uint32_t max_entries, const struct bpf_map_create_opts *opts);
 
+    struct sk_buff_in {  /* struct __sk_buff; what stands between is not for who calls */
+      uint32_t before[10];
+      uint32_t ifindex;
+      uint32_t between[30];
+      uint32_t gso_segs;
+      uint32_t sk[2];
+      uint32_t gso_size;
+      uint32_t behind[3];
+    };
     struct xdp_md_in {
       uint32_t data;
       uint32_t data_end;

@@ -8,6 +8,7 @@ of milliseconds, so a measurement uses one long call and reads counters in its m
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from xdp.errors import KernelError
 from xdp.libbpf import ffi, lib
@@ -33,7 +34,29 @@ def prog_run(
     ingress_ifindex: int | None = None,
     queue: int = 0,
 ) -> RunResult:
-    """Run a program on a packet and return its verdict, the packet, and ns a run."""
+    """Run an XDP program on a packet and return its verdict, the packet, and ns a run."""
+    context = None
+    if ingress_ifindex is not None:
+        context = ffi.new("struct xdp_md_in *")
+        context.data_end = len(data)
+        context.ingress_ifindex = ingress_ifindex
+        context.rx_queue_index = queue
+    return _run(program, data, repeat, context)
+
+
+def prog_run_skb(
+    program: Program, data: bytes, ifindex: int, segments: int = 0, segment_size: int = 0
+) -> RunResult:
+    """Run a program of tc on a packet that came in on ifindex; see prog_run.
+
+    segments, segment_size: of a large packet, as its skb says (gso_segs, gso_size).
+    """
+    context = ffi.new("struct sk_buff_in *")
+    context.ifindex, context.gso_segs, context.gso_size = ifindex, segments, segment_size
+    return _run(program, data, 1, context)
+
+
+def _run(program: Program, data: bytes, repeat: int, context: Any) -> RunResult:
     options = ffi.new("struct bpf_test_run_opts *")
     options.sz = ffi.sizeof("struct bpf_test_run_opts")
     source = ffi.from_buffer(data)
@@ -41,12 +64,8 @@ def prog_run(
     options.data_in, options.data_size_in = source, len(data)
     options.data_out, options.data_size_out = target, len(data) + MARGIN
     options.repeat = repeat
-    context = ffi.new("struct xdp_md_in *")
-    if ingress_ifindex is not None:
-        context.data_end = len(data)
-        context.ingress_ifindex = ingress_ifindex
-        context.rx_queue_index = queue
-        options.ctx_in, options.ctx_size_in = context, ffi.sizeof("struct xdp_md_in")
+    if context is not None:
+        options.ctx_in, options.ctx_size_in = context, ffi.sizeof(context[0])
     code = lib.bpf_prog_test_run_opts(program.fd, options)
     if code < 0:
         raise KernelError(f"BPF_PROG_RUN({program.name}, {len(data)} bytes)", code)

@@ -6,7 +6,8 @@ vector began with; nothing is decided here.
 Theory. xdp/bpf/flows.h reads what stands here, while it is written. An entry is claimed by
 compare-and-swap, filled (flow_entry.py), and found by its tag, which is stored last and taken away
 first. Worth an entry is a direction with a few packets (`track`), of UDP or of established TCP,
-that is plain: no fragments, options, ICMP or DNS. Where its bucket is full, one that has been idle
+that is plain: no fragments, options, ICMP or DNS. Between two pods of the node the handshake's last
+packet says what the answers' entry is, before one comes. Where its bucket is full, one that has been idle
 for IDLE_EVICT_NS is retired for the next to come; until then it stays with the stages.
 """
 
@@ -25,6 +26,7 @@ from dataplane.kernels.batch import (
     FLAG_RELATED,
     FLAG_WORTH,
     VERDICT_SEND,
+    WAY_ORIGINAL,
 )
 from dataplane.kernels.connections import (
     ESTABLISHED,
@@ -63,7 +65,10 @@ from dataplane.kernels.house import (
     store64,
     swap32,
 )
+from dataplane.kernels.layout import PACKETS
+from dataplane.kernels.route import lookup
 from dataplane.kernels.rows import Rows
+from dataplane.kernels.track import FLOW_TCP
 from xdp.abi import CONST, DTYPE, value
 
 IDLE_EVICT_NS = 100_000_000
@@ -224,6 +229,60 @@ def _install(b, t, f, i, seed):
     _recall(b, t, f, i, slot)
 
 
+@inline
+def _is_confirmed(b, t, f, i, back):
+    """Whether packet i ends the handshake of two pods of this node. back: adjacency to its sender.
+
+    Their answers go the same way back, so what their entry says is known before one comes.
+    """
+    if b.protocol[i] != wire.TCP or b.way[i] != WAY_ORIGINAL:
+        return False
+    record = t.connections.address + b.connection[i] * RECORD
+    if load64(record + PACKETS) != FLOW_TCP or load32(record + FLOW_SLOT + 4):
+        return False
+    kind = t.adjacencies[b.adjacency[i]].kind
+    if kind != ADJACENCY_POD or t.adjacencies[back].kind != ADJACENCY_POD:
+        return False
+    return f.devices[t.adjacencies[back].port] != 0
+
+
+@inline
+def _turn(b, t, i, back):
+    """Make packet i's columns those of an answer to it."""
+    ingress = t.adjacencies[b.adjacency[i]].port
+    source_hi, source_lo = b.source_hi[i], b.source_lo[i]
+    source, target = b.source_port[i], b.target_port[i]
+    if b.flags[i] & FLAG_NAT:
+        ports = b.nat_ports[i]
+        b.source_hi[i], b.source_lo[i] = b.nat_target_hi[i], b.nat_target_lo[i]
+        b.source_port[i], b.target_port[i] = ports & ONES16, ports >> 16
+        first_hi, first_lo = b.first_target_hi[i], b.first_target_lo[i]
+        b.first_target_hi[i], b.first_target_lo[i] = b.nat_source_hi[i], b.nat_source_lo[i]
+        b.nat_source_hi[i], b.nat_source_lo[i] = first_hi, first_lo
+        b.nat_target_hi[i], b.nat_target_lo[i] = source_hi, source_lo
+        b.nat_ports[i] = target << 16 | source
+    else:
+        b.source_hi[i], b.source_lo[i] = b.target_hi[i], b.target_lo[i]
+        b.target_hi[i], b.target_lo[i] = source_hi, source_lo
+        b.source_port[i], b.target_port[i] = target, source
+    b.way[i] = 1 - b.way[i]
+    b.ingress[i], b.adjacency[i] = ingress, back
+
+
+@inline
+def _install_both(b, t, f, i, seed):
+    """Give packet i's direction an entry and, where the handshake is over, the answers' too."""
+    _install(b, t, f, i, seed)
+    back = lookup(t, b.kind[i], b.source_hi[i], b.source_lo[i])
+    if not _is_confirmed(b, t, f, i, back):
+        return
+    ingress, adjacency = b.ingress[i], b.adjacency[i]
+    _turn(b, t, i, back)
+    _install(b, t, f, i, seed)
+    _turn(b, t, i, adjacency)
+    b.ingress[i] = ingress
+
+
 @kernel
 def install(b, t, f):
     """Give every direction that is worth it an entry. f: Flows. Runs when the vector is decided."""
@@ -232,7 +291,7 @@ def install(b, t, f):
     seed = np.uint64(f.steering[0].flow_seed)
     for i in range(b.count[0]):
         if b.flags[i] & FLAG_WORTH and _is_worth(b, t, f, i):
-            _install(b, t, f, i, seed)
+            _install_both(b, t, f, i, seed)
 
 
 @kernel

@@ -94,6 +94,7 @@ SOURCE_IDENTITY, TARGET_IDENTITY = offset("source_identity"), offset("target_ide
 GENERATION_MASK = 0xFFFFFFFF
 FLOW_EVERY = 7  # a direction's FLOW_LEAST'th packet is worth an entry, and each 8th from there
 FLOW_LEAST = 4
+FLOW_TCP = 2  # and TCP's second: there was a handshake, which no flood of single packets makes
 
 
 @inline
@@ -150,7 +151,9 @@ def count(b, i, record, way, tick):
     at = record + PACKETS + way * 8
     packets = load64(at) + 1
     store64(at, packets)
-    if packets & FLOW_EVERY == FLOW_LEAST or load32(record + FLOW_SLOT + way * 4):
+    worth = packets & FLOW_EVERY == FLOW_LEAST
+    worth |= packets == FLOW_TCP and b.protocol[i] == wire.TCP
+    if worth or load32(record + FLOW_SLOT + way * 4):
         b.flags[i] |= FLAG_WORTH
     at = record + BYTES + way * 8
     store64(at, load64(at) + b.ip_length[i])

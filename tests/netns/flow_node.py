@@ -20,9 +20,10 @@ from tests.worlds import UPLINK, World
 from xdp import artifacts
 from xdp.abi import CONST, DTYPE
 from xdp.object import BpfObject, ObjectSpec
-from xdp.run import prog_run
+from xdp.run import prog_run, prog_run_skb
 
 ABORTED, DROP, PASS, REDIRECT = 0, 1, 2, 4  # enum xdp_action
+SHOT, TC_REDIRECT = 2, 7  # TC_ACT_*
 SLOTS = CONST["FLOW_SLOTS_LEAST"]
 
 
@@ -31,19 +32,25 @@ class Ran(NamedTuple):
 
     verdict: int
     frame: bytes
+    skb: bool = False  # at tc
 
     @property
     def forwarded(self) -> bool:
         """Whether the flow table had it."""
-        return self.verdict == REDIRECT
+        return self.verdict == (TC_REDIRECT if self.skb else REDIRECT)
+
+    @property
+    def dropped(self) -> bool:
+        """Whether it went nowhere: there is no socket, and no trunk."""
+        return self.verdict == (SHOT if self.skb else DROP)
 
 
 class FlowNode:
     """A World whose flow table XDP shares."""
 
-    def __init__(self, world: World, slots: int = SLOTS) -> None:
-        """Load the programs; the node's tables are the world's."""
-        self.world, self.wire = world, Wire()
+    def __init__(self, world: World, slots: int = SLOTS, hook: str = "xdp") -> None:
+        """Load the programs; the node's tables are the world's. hook: of its pods."""
+        self.world, self.wire, self.hook = world, Wire(), hook
         self.bpf = BpfObject(
             ObjectSpec.load(artifacts.find("penstock.bpf.o")), flowtable.sizes(slots)
         )
@@ -56,6 +63,7 @@ class FlowNode:
         with self.wire.inside(self.wire.near):
             for port in range(4):
                 self.bpf.maps["flow_devices"].update(port, self.wire.ifindex)
+                self.bpf.maps["flow_ifindexes"].update(port, self.wire.ifindex)
         self.table.devices[:4] = 1
         self._steer()
         world.restart()
@@ -78,10 +86,21 @@ class FlowNode:
 
     def xdp(self, port: int, frame: bytes) -> Ran:
         """Run the program of a port on a frame."""
-        program = self.bpf.programs["uplink_rx" if port == UPLINK else "pod_rx"]
+        skb = port != UPLINK and self.hook == "tc"
+        name = "uplink_rx" if port == UPLINK else "pod_tc" if skb else "pod_rx"
+        program = self.bpf.programs[name]
         with self.wire.inside(self.wire.near):
-            done = prog_run(program, frame, ingress_ifindex=self.wire.ifindex)
-        return Ran(done.retval, done.data)
+            if skb:
+                done = prog_run_skb(program, frame, self.wire.ifindex)
+            else:
+                done = prog_run(program, frame, ingress_ifindex=self.wire.ifindex)
+        return Ran(done.retval, done.data, skb)
+
+    def runs(self, port: int, frame: bytes) -> bool:
+        """Whether the kernel runs the program on such a frame: at tc there are whole IP headers."""
+        kind = int.from_bytes(frame[12:14], "big")
+        least = {0x0800: 34, 0x86DD: 54}.get(kind, 14)
+        return port == UPLINK or self.hook != "tc" or len(frame) >= least
 
     def settle(self, port: int, frame: bytes, times: int = 8) -> w.Result:
         """Send a frame through the stages until it is worth an entry; return the last result."""
@@ -100,6 +119,8 @@ class FlowNode:
     def misses(self, frame: bytes) -> None:
         """A frame that the table must leave to the stages, as it came."""
         port, frame = placed(frame, direct=not self.world.tunnel)
+        if not self.runs(port, frame):
+            return
         ran = self.xdp(port, frame)
         assert not ran.forwarded
         assert ran.frame == frame

@@ -144,7 +144,7 @@ static __always_inline int ours4(const struct steering *s, const struct iphdr *i
       return OURS;
   if (s->nat4_be && target == s->nat4_be && nat_ours4(ip, end))
     return OURS;
-  if (!s->tunnel_port_be || ip->ihl != 5 || ip->protocol != IPPROTO_UDP ||
+  if (!s->tunnel_port_be || ip->version != 4 || ip->ihl != 5 || ip->protocol != IPPROTO_UDP ||
       (ip->frag_off & bpf_htons(0x3fff)))
     return NOT_OURS;
 
@@ -176,7 +176,7 @@ static __always_inline int ours6(const struct steering *s, const struct ipv6hdr 
       return OURS;
   if (is_nat6(s, target) && nat_ours6(ip, end))
     return OURS;
-  if (!s->tunnel_port_be || ip->nexthdr != IPPROTO_UDP)
+  if (!s->tunnel_port_be || ip->version != 6 || ip->nexthdr != IPPROTO_UDP)
     return NOT_OURS;
 
   const struct udphdr *udp = (void *)(ip + 1);
