@@ -10,16 +10,18 @@ from hypothesis import strategies as st
 
 from tests import segments as sg
 from tests import worlds as w
-from tests.netns.flow_node import SLOTS, FlowNode
+from tests.netns.flow_node import SHOT, SLOTS, TC_REDIRECT, FlowNode
 from tests.places import FAMILIES, FAR, NODE, OUT, OUT_KEPT, PEERS, SERVICES, VIPS, A, B, placed
 from tests.setting import Agent, Backend, Policy, Service, Setting, word
 from tests.worlds import POD_A, UPLINK, World
 from xdp.abi import CONST, value
+from xdp.run import prog_run_skb
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
 BY_FAMILY = pytest.mark.parametrize("f", FAMILIES)
 BY_PROTOCOL = pytest.mark.parametrize("protocol", [sg.TCP, sg.UDP])
 HTTP = 80
+MTU = 1500  # where there is no tunnel
 UDP_SERVICES = tuple(
     Service(((VIPS[f][7], HTTP, sg.UDP),), (Backend(B[f], 99, sg.UDP), Backend(FAR[f], 99, sg.UDP)))
     for f in FAMILIES
@@ -182,6 +184,32 @@ def test_what_is_not_plain_is_for_the_stages(nodes, f):
     for broken in filter(lambda frame: node.runs(POD_A, frame), wrong):
         ran = node.xdp(POD_A, broken)
         assert (ran.dropped, ran.frame) == (True, broken)
+
+
+@BY_FAMILY
+def test_of_a_large_packet_each_segment_has_to_fit(nodes, f):
+    """At tc a packet may be what the device at the end cuts into segments."""
+    node = nodes("TUNNEL_NONE")
+    if node.hook != "tc":
+        pytest.skip("XDP sees frames, which are segments already")
+    e = established(node, f)
+    room = MTU - (40 if f == 4 else 60)
+    frame = sg.tcp(e, sg.ACK, bytes(2 * room))
+
+    def run(segment: int):
+        with node.wire.inside(node.wire.near):
+            program, ifindex = node.bpf.programs["pod_tc"], node.wire.ifindex
+            return prog_run_skb(program, frame, ifindex, 2 if segment else 0, segment)
+
+    for segment in (0, room + 1):
+        assert (run(segment).retval, run(segment).data) == (SHOT, frame)
+    node.collect()
+    before = int(node.table.packets)
+    ran = run(room)
+    assert ran.retval == TC_REDIRECT
+    assert len(ran.data) == len(frame)  # the rest is as of any packet
+    node.collect()
+    assert node.table.packets - before == 2
 
 
 @BY_FAMILY

@@ -31,10 +31,10 @@ static __always_inline __u32 segment_headers(const struct flow_key *key, const v
 
 /* Let the transport's checksum follow the new addresses and ports, whatever state it is in. */
 static __always_inline int segment_sums(struct __sk_buff *skb, const struct flow_key *key,
-                                        const struct flow_entry *e)
+                                        const struct flow_entry *e, __u32 l3)
 {
   int tcp = (__u8)(key->rest >> 32) == IPPROTO_TCP;
-  __u32 at = key->l3 + (key->four ? sizeof(struct iphdr) : sizeof(struct ipv6hdr)) + (tcp ? 16 : 6);
+  __u32 at = l3 + (key->four ? sizeof(struct iphdr) : sizeof(struct ipv6hdr)) + (tcp ? 16 : 6);
   __u64 flags = tcp ? 0 : BPF_F_MARK_MANGLED_0;
   __u32 ports = key->rest;
   __s64 sum;
@@ -49,31 +49,25 @@ static __always_inline int segment_sums(struct __sk_buff *skb, const struct flow
   return sum >= 0 && !bpf_l4_csum_replace(skb, at, 0, sum, flags);
 }
 
-/* Put a hop's header in front of the packet; 0: it does not fit. size: 14, 64 or 84. */
-static __always_inline int segment_put(struct __sk_buff *skb, const struct steering *s,
-                                       const struct hop *hop, const struct flow_key *key,
-                                       const struct flow_entry *e, __u32 size)
+/* Put a hop's header of `size` bytes (14, 64 or 84) in front of the IP packet that stands behind them, and
+ * rewrite that; 0: its bytes are not there. */
+static __always_inline int segment_write(struct __sk_buff *skb, const struct steering *s,
+                                         const struct hop *hop, const struct flow_key *key,
+                                         const struct flow_entry *e, __u32 size)
 {
   void *data = (void *)(long)skb->data;
   void *end = (void *)(long)skb->data_end;
+  void *at = data + size;
 
   if (data + size > end)
     return 0;
   __builtin_memcpy(data, hop->header, size);
-  if (size == sizeof(struct ethhdr))
-    return 1;
-  if (s->flow_any_vni)
-    __builtin_memcpy(data + size - 18, &e->tunnel, 4);
-  return flow_outer(data, end, hop, e, key->length, key->tos);
-}
-
-/* Rewrite what stands in the packet itself. 0: its bytes are not there. */
-static __always_inline int segment_rewrite(struct __sk_buff *skb, const struct flow_key *key,
-                                           const struct flow_entry *e)
-{
-  void *at = (void *)(long)skb->data + sizeof(struct ethhdr);
-  void *end = (void *)(long)skb->data_end;
-
+  if (size != sizeof(struct ethhdr)) {
+    if (s->flow_any_vni)
+      __builtin_memcpy(data + size - 18, &e->tunnel, 4);
+    if (!flow_outer(data, end, hop, e, key->length, key->tos))
+      return 0;
+  }
   if (key->four) {
     struct iphdr *ip = at;
 
@@ -85,7 +79,7 @@ static __always_inline int segment_rewrite(struct __sk_buff *skb, const struct f
     if ((void *)(ip + 1) > end || !flow_rewrite6(ip, end, e, 0))
       return 0;
   }
-  return !(e->flags & (FLOW_NAT_SOURCE | FLOW_NAT_TARGET)) || segment_sums(skb, key, e);
+  return !(e->flags & (FLOW_NAT_SOURCE | FLOW_NAT_TARGET)) || segment_sums(skb, key, e, size);
 }
 
 /* Whether the packet, or each segment of it, fits the way; *count: how many there are. */
@@ -134,29 +128,26 @@ static __noinline int segment_forward(struct __sk_buff *skb, const struct steeri
   size = hop->header_length;
   if (!device || !*device || (size != sizeof(struct ethhdr) && size != 64 && size != 84))
     return FLOW_MISS;
-  if (!segment_rewrite(skb, key, &e))
-    goto fault;
   room |= size == 84 ? BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 : BPF_F_ADJ_ROOM_ENCAP_L3_IPV4;
   if (size != sizeof(struct ethhdr) &&
       bpf_skb_adjust_room(skb, size - sizeof(struct ethhdr), BPF_ADJ_ROOM_MAC, room))
-    goto fault;
+    return FLOW_MISS; /* of a kind that the kernel cannot segment behind a tunnel's header */
   if (size == sizeof(struct ethhdr))
-    done = segment_put(skb, s, hop, key, &e, sizeof(struct ethhdr));
+    done = segment_write(skb, s, hop, key, &e, sizeof(struct ethhdr));
   else if (size == 64)
-    done = segment_put(skb, s, hop, key, &e, 64);
+    done = segment_write(skb, s, hop, key, &e, 64);
   else
-    done = segment_put(skb, s, hop, key, &e, 84);
-  if (!done)
-    goto fault;
+    done = segment_write(skb, s, hop, key, &e, 84);
+  if (!done) {
+    flow_fault();
+    return TC_ACT_SHOT;
+  }
   __sync_fetch_and_add(&live->packets, count);
   __sync_fetch_and_add(&live->bytes, key->length + more);
   live->last_ns = bpf_ktime_get_coarse_ns();
   if (hop->kind == ADJACENCY_POD)
     return bpf_redirect_peer(*device, 0);
   return bpf_redirect(*device, 0);
-fault:
-  flow_fault();
-  return TC_ACT_SHOT;
 }
 
 #endif
