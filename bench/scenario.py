@@ -9,7 +9,7 @@ every subject. `csit` is the name that FD.io's CSIT uses for the case, where it 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -143,6 +143,7 @@ class Place:
     services: int = 0
     masquerade: bool = False
     pods: int = 0
+    frames: bool = False  # pods send and receive by XDP programs, not by sockets
 
     @property
     def plain(self) -> bool:
@@ -203,6 +204,7 @@ def cases(scenario: Scenario, quick: bool = False) -> list[Case]:
         places, scenario.measure, *map(many, (traffic.size, traffic.flows, traffic.connections))
     ):
         frames = measure in FRAMES
+        place = replace(place, frames=frames)
         bits = NAT_BITS if place.masquerade else SOURCE_BITS
         sent = Traffic(size, flows, traffic.order, traffic.skew, source_bits=bits)
         case = Case(

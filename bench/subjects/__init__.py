@@ -7,13 +7,13 @@ Theory. Penstock stands first, what it is compared with most directly next to it
 
 from bench.subjects.base import Subject
 from bench.subjects.kernel import Kernel, KernelNft, KernelNftEach, KernelSteered
-from bench.subjects.ours import Penstock, PenstockTc, PenstockVector
+from bench.subjects.ours import Penstock, PenstockVector, PenstockXdp
 from bench.subjects.ovs import Ovs, OvsTracked
 from bench.subjects.wires import Ceiling, Redirect, TestpmdPacket, TestpmdXdp
 
 SUBJECTS: tuple[type[Subject], ...] = (
     Penstock,
-    PenstockTc,
+    PenstockXdp,
     PenstockVector,
     KernelNft,
     Kernel,

@@ -2,8 +2,9 @@
 
 Rule: nothing but configuration and manifests; what is measured is what a user would run.
 
-Theory. One worker a node, on the cores that the generator does not use. The flow table (XDP) is on
-as it comes; the second subject has it off, so that what the vector path alone does is seen beside
+Theory. One worker a node, on the cores that the generator does not use. Where pods send and receive
+frames by XDP programs, their hook is xdp (decision 13), else it is as it comes. The flow table is
+on; the last subject has it off, so that what the vector path alone does is seen beside
 DPDK's testpmd, which has the same sockets.
 """
 
@@ -37,11 +38,12 @@ class Penstock(Subject):
     def build(self) -> tuple[End, End]:
         """One node or two, or one and the world."""
         place = self.place
+        hook = {"pod_hook": "xdp"} if place.frames else {}
         settings = Settings(
             mode=MODES[place.topology],
             mtu=place.mtu,
             cpus=frozenset() if self.anywhere else other_cpus(),
-            forwarder={"workers": 1, **self.forwarder},
+            forwarder={"workers": 1, **hook, **self.forwarder},
             more={"masquerade": {"ipv4": place.masquerade, "ipv6": place.masquerade}},
         )
         self.cluster = Cluster(self.lab, settings)
@@ -103,13 +105,18 @@ class Penstock(Subject):
         return [snapshot(node.run_dir) for node in self.cluster.nodes]
 
 
-class PenstockTc(Penstock):
-    """The same with pods whose packets are taken at tc ingress."""
+class PenstockXdp(Penstock):
+    """The same with pods whose packets are taken by XDP, as frames, though programs send them."""
 
-    name = "penstock, pods at tc"
-    remark = "skbs at tc ingress instead of frames in XDP"
-    quick = True
-    forwarder: ClassVar[dict[str, Any]] = {"pod_hook": "tc"}
+    name = "penstock, pods at xdp"
+    remark = "forwarder.pod_hook: xdp, as for pods that send frames"
+    quick = False
+    forwarder: ClassVar[dict[str, Any]] = {"pod_hook": "xdp"}
+
+    @classmethod
+    def refuses(cls, place: Place) -> str:
+        """There the subject itself is so."""
+        return " " if place.frames else ""
 
 
 class PenstockVector(Penstock):

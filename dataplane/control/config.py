@@ -145,8 +145,8 @@ class ForwarderSection(_Section):
     watchdog_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
         3000, description="without a heartbeat for so long the uplink is the kernel's; 0: never"
     )
-    pod_hook: Literal["xdp", "tc"] = Field(
-        "xdp",
+    pod_hook: Literal["tc", "xdp"] = Field(
+        "tc",
         description="where new pods' packets are taken: tc: least work for pods that use sockets; "
         "xdp: most packets a second for pods that send frames (AF_XDP)",
     )

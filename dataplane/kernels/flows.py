@@ -6,9 +6,10 @@ vector began with; nothing is decided here.
 Theory. xdp/bpf/flows.h reads what stands here, while it is written. An entry is claimed by
 compare-and-swap, filled (flow_entry.py), and found by its tag, which is stored last and taken away
 first. Worth an entry is a direction with a few packets (`track`), of UDP or of established TCP,
-that is plain: no fragments, options, ICMP or DNS. Between two pods of the node the handshake's last
-packet says what the answers' entry is, before one comes. Where its bucket is full, one that has been idle
-for IDLE_EVICT_NS is retired for the next to come; until then it stays with the stages.
+that is plain: no fragments, options, ICMP or DNS. Between two pods of the node the last packet of
+TCP's handshake says what the answers' entry is, before one comes. Where its bucket is full, one
+that has been idle for IDLE_EVICT_NS is retired for the next to come; until then it stays with the
+stages.
 """
 
 from typing import NamedTuple

@@ -129,6 +129,20 @@ def test_established_flows_are_forwarded_as_the_stages_do(
     exchange(node, sg.Ends(A[f], 40001, target[f], HTTP), protocol)
 
 
+@BY_FAMILY
+@pytest.mark.parametrize("where", ["pod", "service"])
+def test_between_pods_of_a_node_a_handshake_is_enough(nodes, f, where):
+    """Its last packet gives the answers an entry, before one of them comes."""
+    node = nodes()
+    e = sg.Ends(A[f], 40001, B[f] if where == "pod" else VIPS[f][2], HTTP)
+    back = open_tcp(node, e)
+    there, here = (sg.tcp(ends, sg.ACK | sg.PSH, b"data") for ends in (e, back))
+    ways = [placed(there), at_far(node, back, here)]
+    ran = [node.xdp(*way) for way in ways]
+    assert all(one.forwarded for one in ran), ran
+    assert [node.world.one(*way).frame for way in ways] == [one.frame for one in ran]
+
+
 # --- what is left to the stages -----------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from bench.subjects.ours import Penstock
 from bench.traffic import Traffic
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
-PLACE = Place("same", 4, policy=1)
+PLACE = Place("same", 4, policy=1, frames=True)
 RATE, SECONDS = 20_000, 0.5
 FORWARDED = "Forwarded"
 

@@ -18,11 +18,15 @@ from xdp.errors import KernelError, VerifierError
 from xdp.link import attach_link, attach_netlink, detach_netlink, query
 from xdp.object import BpfObject, ObjectSpec
 from xdp.run import live_frames, prog_run
+from xdp.tc import attach_ingress, detach_ingress, query_ingress
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
 
 DROP, PASS = 1, 2
 COUNT = np.dtype([("packets", np.uint64), ("bytes", np.uint64)])
+
+
+SMALL = {"flow_entries": 256, "flow_tags": 32}
 
 
 @pytest.fixture
@@ -74,6 +78,24 @@ def test_netlink_attaches_in_the_place_of_the_old(wire, bpf):
     detach_netlink(wire.ifindex)
     detach_netlink(wire.ifindex)
     assert query(wire.ifindex) is None
+
+
+def test_at_tc_a_program_attaches_in_the_place_of_the_old(wire):
+    spec = ObjectSpec.load(artifacts.find("penstock.bpf.o"))
+    with wire.inside(wire.near), BpfObject(spec, SMALL) as first, BpfObject(spec, SMALL) as second:
+        detach_ingress(wire.ifindex)  # nothing there yet, not even the qdisc
+        assert query_ingress(wire.ifindex) is None
+        attach_ingress(first.programs["pod_tc"], wire.ifindex)
+        before = query_ingress(wire.ifindex)
+        attach_ingress(second.programs["pod_tc"], wire.ifindex)
+        assert before and query_ingress(wire.ifindex) not in (None, before)
+        shown = sh("tc", "-n", wire.near, "filter", "show", "dev", "here", "ingress")
+        assert shown.count("pod_tc") == 1
+        for _ in range(2):
+            detach_ingress(wire.ifindex)
+            assert query_ingress(wire.ifindex) is None
+        with pytest.raises(KernelError, match="ifindex 9999"):
+            attach_ingress(first.programs["pod_tc"], 9999)
 
 
 @pytest.mark.parametrize("standing", [True, False], ids=["native", "generic"])
@@ -273,6 +295,18 @@ def test_the_checksum_switch_and_the_channels_are_ethtools(wire):
     for name in ("none", "a-name-beyond-all-limits"):
         with pytest.raises(OSError):
             device.driver(name)
+
+
+def test_a_tag_stands_in_the_packet_once_the_offload_is_off(wire):
+    def offload() -> str:
+        shown = sh("ip", "netns", "exec", wire.near, "ethtool", "-k", "here")
+        return shown.split("tx-vlan-offload: ")[1].split()[0]
+
+    assert offload() == "on"
+    with wire.inside(wire.near):
+        for _ in range(2):
+            device.tags_inline("here")
+            assert offload() == "off"
 
 
 def test_every_feature_is_probed_and_nothing_stays_behind(wire):

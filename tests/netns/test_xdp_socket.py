@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 
+import numpy as np
 import pytest
 
 from tests.netns.wire import BASE_MASK, CONTINUES, HEADROOM, STRIDE, Rings, Wire, eventually, frame
@@ -50,9 +51,9 @@ def steer(stack, wire: Wire, rings: Rings, native: bool) -> None:
     """Attach pod_rx so that everything that comes from the wire goes to the socket."""
     bpf = stack.enter_context(BpfObject(ObjectSpec.load(artifacts.find("penstock.bpf.o"))))
     bpf.maps["xsks"].update(0, rings.xsk.fd)
-    entry = (0).to_bytes(4, "little") + (1).to_bytes(4, "little")
-    assert len(entry) == DTYPE["xdp_port"].itemsize
-    bpf.maps["xdp_ports"].update(wire.ifindex, entry)
+    entry = np.zeros((), DTYPE["xdp_port"])
+    entry["queue_count"] = 1
+    bpf.maps["xdp_ports"].update(wire.ifindex, entry.tobytes())
     with wire.inside(wire.near):
         attached = attach_netlink(bpf.programs["pod_rx"], wire.ifindex, native)
     assert attached.native == native

@@ -189,6 +189,50 @@ def test_a_removed_socket_gives_its_frames_back(world):
     world.audit()
 
 
+# --- ports at tc ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(tag=st.integers(0, 4095), inner=st.binary(min_size=2, max_size=60), large=st.booleans())
+def test_a_tag_on_the_trunk_says_which_port_a_packet_is_from(shm, tag, inner, large):
+    """The tag goes, the rest of the frame stays; a tag that is no port is the packet's own."""
+    world = World(shm, sockets=3)
+    try:
+        world.rings.socks[world.slots[0]]["trunk"] = 1
+        inner += bytes(6000 * large)
+        plain = bytes(range(100, 112)) + inner
+        tagged = plain[:12] + b"\x81\x00" + tag.to_bytes(2, "big") + inner
+        for xsk, frame in ((0, tagged), (0, plain), (1, tagged)):
+            assert world.xsks[xsk].deliver(frame)
+        assert world.step(egress=2) == 3
+        known = tag < CONST["PORTS_MAX"]
+        assert world.batch.ingress[:3].tolist() == [tag if known else 0, 0, 1]
+        assert world.xsks[2].sent() == [plain if known else tagged, plain, tagged]
+        _collect(world.rings)
+        world.audit()
+    finally:
+        world.close()
+
+
+def test_a_socket_that_only_sends_holds_no_frames_and_is_not_looked_at(shm):
+    world = World(shm, sockets=1)
+    try:
+        pipe = os.pipe()
+        world.pipes.append(pipe)
+        silent = FakeXsk(world.area, pipe[0])
+        slot = world.worker.add(silent, 1, receives=False)
+        _collect(world.rings)
+        assert (world.rings.owner.array == slot).sum() == 0
+        assert world.rings.active_count.array.tolist() == [2, 1]
+        assert world.xsks[0].deliver(b"x" * 60)
+        assert world.step(egress=1) == 1
+        assert silent.sent() == [b"x" * 60]
+        _collect(world.rings)
+        world.audit()
+    finally:
+        world.close()
+
+
 # --- fragments that wait ------------------------------------------------------------------------
 
 HELD, LOST = value("REASON_HELD"), value("REASON_FRAGMENT_NOT_FOUND")
