@@ -90,7 +90,7 @@ def test_at_tc_a_program_attaches_in_the_place_of_the_old(wire):
         attach_ingress(second.programs["pod_tc"], wire.ifindex)
         assert before and query_ingress(wire.ifindex) not in (None, before)
         shown = sh("tc", "-n", wire.near, "filter", "show", "dev", "here", "ingress")
-        assert shown.count("pod_tc") == 1
+        assert shown.count("handle 0x1") == 1
         for _ in range(2):
             detach_ingress(wire.ifindex)
             assert query_ingress(wire.ifindex) is None
