@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from xdp.xsk import STATISTIC_NAMES
+
 BASE_MASK = (1 << 48) - 1
 HEADROOM = 256
 
@@ -57,6 +59,11 @@ class FakeXsk:
         self.fd = self.tx_fd = fd
         self.rx, self.tx = FakeRing(size, 16), FakeRing(size, 16)
         self.fill, self.completion = FakeRing(size, 8), FakeRing(size, 8)
+        self.lost = dict.fromkeys(STATISTIC_NAMES, 0)
+
+    def statistics(self) -> dict[str, int]:
+        """What the kernel has lost, as the test says."""
+        return dict(self.lost)
 
     def deliver(self, payload: bytes, segment: int = 3840) -> bool:
         """Put a packet into frames from the fill ring; False when the ring has too few."""

@@ -326,6 +326,10 @@ enum reason {
   REASON_PORT_GONE = 243,                  /* Egress device is gone */
   REASON_OVERSIZE = 244,                   /* Packet has too many segments */
   REASON_DNS_UNASKED = 245,                /* DNS answer without a query */
+  REASON_FILL_EMPTY = 246,                 /* No receive buffer in the fill ring */
+  REASON_RECEIVE_FULL = 247,               /* Receive ring full */
+  REASON_TRANSMIT_INVALID = 248,           /* Transmit descriptor refused */
+  REASON_DEVICE_REFUSED = 249,                /* Egress device has refused it */
 };
 
 /* What is to be done with a packet of a vector. */
@@ -941,7 +945,7 @@ struct port_counter {
   __u64 tx_packets;
   __u64 tx_bytes;
   __u64 rx_drops;                /* dropped by us after reception, any reason */
-  __u64 tx_drops;                /* transmit ring full */
+  __u64 tx_drops;                /* transmit ring full, or refused by the device */
   __u64 reserved[2];
 };
 

@@ -27,6 +27,7 @@ from dataplane.daemon.log import get_logger
 from dataplane.engine import flowtable, warm
 from dataplane.engine.conntrack import WARN_PERCENT, Conntrack
 from dataplane.engine.frontends import SteeredFrontends
+from dataplane.engine.losses import Losses
 from dataplane.engine.names import Names
 from dataplane.engine.ports import Ports
 from dataplane.engine.steer import FILE, Steering
@@ -130,6 +131,7 @@ class Forwarder:
         self.ports = Ports(shm.ports, self.umem, self.bpf, self.workers, self.table, handover)
         self.frontends = SteeredFrontends(self.bpf.maps["frontends"], row, shm)
         self.taps = Taps(shm, self.workers, self.table)
+        self.losses = Losses(shm, self.workers)
         self.generation = -1
         self._full = False
         self._told: set[str] = set()  # limits of names that were warned of
@@ -150,6 +152,7 @@ class Forwarder:
             self.steering.beat()
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         self.table.collect(self.workers[0].tables, now)
+        self.losses.collect()
         self._sweep()
         self.taps.turn()
         self._sweep_names()

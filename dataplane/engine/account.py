@@ -23,6 +23,7 @@ from xdp.abi import CONST, DTYPE, value
 REASONS_MAX = CONST["REASONS_MAX"]
 PORT_UPLINK = value("PORT_UPLINK")
 AUDITED = value("REASON_AUDITED")
+TRANSMIT_FULL, DEVICE_REFUSED = value("REASON_TRANSMIT_FULL"), value("REASON_DEVICE_REFUSED")
 DROPS = 130  # reasons from here on are drops
 
 
@@ -35,7 +36,7 @@ class Counters(NamedTuple):
     ring: Rows  # of events.make_ring
     pending: Rows  # flow_record[PENDING]: drops that are gathered
     watch: Rows  # int64[WATCH_WORDS]
-    kicks: Rows  # int64[2]: transmit system calls, and those refused
+    kicks: Rows  # int64[4]: transmit system calls, those refused; packets lost by that, and charged
     clock: Rows  # int64[3]: struct timespec for clock_gettime, and its own memory address
     marks: Rows  # int64[1]: time of the last stage mark, ns
     dns_pods: Rows  # dns_counter[PORTS_MAX]
@@ -55,7 +56,7 @@ def make_counters(reasons, ports, stats, dns, ring: Rows | None = None) -> Count
     rows = map(Rows, (reasons, ports, stats))
     pending, watch = np.zeros(PENDING, DTYPE["flow_record"]), np.zeros(WATCH_WORDS, np.int64)
     steps = np.zeros(CONST["STAGES_MAX"] * VECTOR_MAX, DTYPE["tap_step"])
-    own = (pending, watch, np.zeros(2, np.int64), clock, np.zeros(1, np.int64))
+    own = (pending, watch, np.zeros(4, np.int64), clock, np.zeros(1, np.int64))
     return Counters(*rows, ring or make_ring(), *map(Rows, (*own, *dns, steps)))
 
 
@@ -104,6 +105,8 @@ def account(b, t, c):
             c.ports[out].tx_bytes += size
         else:
             c.ports[port].rx_drops += 1
+            if b.reason[i] == TRANSMIT_FULL or b.reason[i] == DEVICE_REFUSED:
+                c.ports[b.egress[i]].tx_drops += 1
         if b.reason[i] >= DROPS and not b.flags[i] & FLAG_NOTED:
             note_drop(b, t, c, i)
     sample(b, t, c)

@@ -14,7 +14,8 @@ import numpy as np
 
 from dataplane.engine.account import account
 from dataplane.engine.occupancy import received, unsent
-from dataplane.engine.rings import collect, flush, receive, transmit
+from dataplane.engine.rings import collect, receive
+from dataplane.engine.transmit import flush, transmit
 from dataplane.kernels.admit import admit
 from dataplane.kernels.answer import answer
 from dataplane.kernels.connect import connect

@@ -8,9 +8,8 @@ Theory. Each (port, queue) has one socket with four single-producer single-consu
 memory (Documentation/networking/af_xdp.rst). All sockets of a forwarder register the same memory as
 their UMEM, so a frame received on one is transmitted on another by moving its number. Chunks are
 FRAME_STRIDE apart (unaligned mode), which spreads packet headers over all cache sets (decision 3);
-a descriptor's address is base | offset << 48. Ring indices run freely and are masked on use. The
-kernel sends in copy mode only when kicked: one sendto a socket a step, which carries the whole ring
-(XDP_MAX_TX_SKB_BUDGET).
+a descriptor's address is base | offset << 48. Ring indices run freely and are masked on use. This
+file receives and keeps the frames; transmit.py sends.
 """
 
 from typing import NamedTuple
@@ -22,8 +21,6 @@ from dataplane.kernels.batch import (
     SEGMENTS_MAX,
     VECTOR_MAX,
     VERDICT_DROP,
-    VERDICT_HOLD,
-    VERDICT_SEND,
 )
 from dataplane.kernels.fragments import HELD_MAX, HOLD_NS, SLOT_FREE, SLOT_READY
 from dataplane.kernels.house import (
@@ -36,7 +33,6 @@ from dataplane.kernels.house import (
     store32,
     store32_release,
     store64,
-    types,
 )
 from dataplane.kernels.rows import Rows
 from xdp.abi import CONST, value
@@ -49,16 +45,12 @@ FILL_MOST = 2048  # frames that wait in one fill ring at most
 FILL_LEAST = 64  # and at least, however many ports there are: what a new one begins with
 BASE_MASK = (1 << 48) - 1
 PACKET_CONTINUES = 1  # XDP_PKT_CONTD
-NEED_WAKEUP = 1  # XDP_RING_NEED_WAKEUP
-DONT_WAIT = 0x40  # MSG_DONTWAIT
 ETHERTYPE_VLAN, TAGGED = 0x8100, 18  # IEEE 802.1Q; bytes of a tagged Ethernet header
 
 STATE_EMPTY = 0
 STATE_OPEN = 1
 
 REASON_OVERSIZE = value("REASON_OVERSIZE")
-REASON_TRANSMIT_FULL = value("REASON_TRANSMIT_FULL")
-REASON_PORT_GONE = value("REASON_PORT_GONE")
 FRAGMENT_NOT_FOUND = value("REASON_FRAGMENT_NOT_FOUND")
 
 _RINGS = ("rx", "tx", "fill", "completion")
@@ -70,6 +62,7 @@ SOCK = np.dtype(
         ("port", "i8"),
         ("pending", "i8"),
         ("errors", "i8"),
+        ("lost", "i8"),
     ]
     + [(f"{ring}_{word}", "i8") for ring in _RINGS for word in ("producer", "consumer")]
     + [(f"{ring}_descriptors", "i8") for ring in _RINGS]
@@ -114,14 +107,9 @@ def make_rings(area: int, frames: np.ndarray) -> Rings:
     return rings
 
 
-sendto = types.ExternalFunction(
-    "sendto",
-    types.intp(types.intc, types.intp, types.intp, types.intc, types.intp, types.intp),
-)
-
-
 @inline
-def _release(r, frame):
+def release(r, frame):
+    """Put a frame on the free stack."""
     r.owner[frame // FRAME_STRIDE] = -1
     r.free[r.free_count[0]] = frame
     r.free_count[0] += 1
@@ -192,7 +180,7 @@ def _receive_from(b, r, s, count, used):
                     used += 1
                     more += 1
                 else:
-                    _release(r, address & BASE_MASK)
+                    release(r, address & BASE_MASK)
                     b.verdict[count] = VERDICT_DROP
                     b.reason[count] = REASON_OVERSIZE
             b.segments[count] = more
@@ -268,7 +256,7 @@ def receive(b, r, f, now):
 
 
 @inline
-def _complete(r, s):
+def complete(r, s):
     """Take back the frames that the kernel has sent for socket s."""
     sock = r.socks[s]
     consumer = load32(sock.completion_consumer)
@@ -276,7 +264,7 @@ def _complete(r, s):
     mask = sock.completion_size - 1
     for n in range(available):
         address = load64(sock.completion_descriptors + ((consumer + n) & mask) * 8)
-        _release(r, address & BASE_MASK)
+        release(r, address & BASE_MASK)
     if available:
         store32_release(sock.completion_consumer, consumer + available)
     return available
@@ -318,120 +306,7 @@ def collect(r):
     """Completions and refills of all sockets; returns the completions taken."""
     total = 0
     for n in range(r.active_count[0]):
-        total += _complete(r, r.active[n])
+        total += complete(r, r.active[n])
     for n in range(r.active_count[0]):
         _refill(r, r.active[n])
     return total
-
-
-@inline
-def _room(r, s):
-    """Slots of the transmit ring that are free, read from the kernel's cursor."""
-    sock = r.socks[s]
-    used = (sock.tx_head - load32_acquire(sock.tx_consumer)) & 0xFFFFFFFF
-    return sock.tx_size - used
-
-
-@inline
-def kick(r, s, stats):
-    """One sendto for what waits in the transmit ring of socket s."""
-    sock = r.socks[s]
-    r.socks[s].pending = 0
-    if sock.tx_flags and not (load32(sock.tx_flags) & NEED_WAKEUP):
-        return
-    stats[0] += 1
-    if sendto(sock.tx_fd, 0, 0, DONT_WAIT, 0, 0) < 0:
-        stats[1] += 1
-        # EAGAIN (budget, completion ring full) and EBUSY pass: try again. A device that is down or
-        # gone does not: after a few refusals wait for the next packet instead of spinning.
-        r.socks[s].errors += 1
-        if r.socks[s].errors < 64:
-            r.socks[s].pending = 1
-    else:
-        r.socks[s].errors = 0
-
-
-@inline
-def _enqueue(b, r, i, s, needed):
-    """Write the descriptors of packet i to the transmit ring of socket s."""
-    sock = r.socks[s]
-    mask = sock.tx_size - 1
-    head = sock.tx_head
-    frame = b.frame[i]
-    at = sock.tx_descriptors + (head & mask) * 16
-    store64(at, frame | ((b.address[i] - r.area[0] - frame) << 48))
-    store32(at + 8, b.length[i])
-    store32(at + 12, PACKET_CONTINUES if needed > 1 else 0)
-    r.owner[frame // FRAME_STRIDE] = s
-    for n in range(needed - 1):
-        k = b.segment_first[i] + n
-        frame = b.segment_frame[k]
-        at = sock.tx_descriptors + ((head + n + 1) & mask) * 16
-        store64(at, frame | (b.segment_offset[k] << 48))
-        store32(at + 8, b.segment_length[k])
-        store32(at + 12, PACKET_CONTINUES if n + 2 < needed else 0)
-        r.owner[frame // FRAME_STRIDE] = s
-    r.socks[s].tx_head = head + needed
-    r.socks[s].tx_room = sock.tx_room - needed
-    r.socks[s].pending = 1
-
-
-@inline
-def _discard(b, r, i, from_segment):
-    """Free the frames of packet i: the head unless from_segment > 0, and its continuations."""
-    if from_segment == 0:
-        _release(r, b.frame[i])
-    for n in range(b.segments[i]):
-        _release(r, b.segment_frame[b.segment_first[i] + n])
-
-
-@inline
-def transmit(b, r, stats):
-    """Queue every packet to be sent, free the others, then kick each socket that has work."""
-    for i in range(b.count[0]):
-        if b.verdict[i] == VERDICT_HOLD:
-            continue
-        if b.verdict[i] != VERDICT_SEND:
-            _discard(b, r, i, 0)
-            continue
-        s = r.port_sock[b.egress[i]]
-        if s < 0:
-            b.verdict[i] = VERDICT_DROP
-            b.reason[i] = REASON_PORT_GONE
-            _discard(b, r, i, 0)
-            continue
-        needed = 1 + b.segments[i] if b.total[i] > b.length[i] else 1
-        if r.socks[s].tx_room < needed:
-            r.socks[s].tx_room = _room(r, s)
-            if r.socks[s].tx_room < needed:
-                _publish(r, s)
-                kick(r, s, stats)
-                _complete(r, s)
-                r.socks[s].tx_room = _room(r, s)
-        if r.socks[s].tx_room < needed:
-            b.verdict[i] = VERDICT_DROP
-            b.reason[i] = REASON_TRANSMIT_FULL
-            _discard(b, r, i, 0)
-            continue
-        _enqueue(b, r, i, s, needed)
-        if needed == 1 and b.segments[i]:
-            _discard(b, r, i, 1)
-    flush(r, stats)
-
-
-@inline
-def _publish(r, s):
-    store32_release(r.socks[s].tx_producer, r.socks[s].tx_head)
-
-
-@inline
-def flush(r, stats):
-    """Publish and kick all sockets with waiting descriptors; returns how many still wait."""
-    waiting = 0
-    for n in range(r.active_count[0]):
-        s = r.active[n]
-        if r.socks[s].pending:
-            _publish(r, s)
-            kick(r, s, stats)
-            waiting += r.socks[s].pending
-    return waiting

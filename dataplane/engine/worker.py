@@ -13,8 +13,10 @@ import os
 import queue
 import select
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ from dataplane.kernels.naming import make_naming
 from dataplane.kernels.rows import Rows
 from dataplane.kernels.tables import Tables
 from dataplane.kernels.taps import make_watch
+from xdp.errors import KernelError
 from xdp.sched import hasten
 from xdp.xsk import Xsk
 
@@ -82,6 +85,8 @@ class Worker:
             tracker.ring,
         )
         self.watch = make_watch(shm, number)
+        self.sockets: dict[int, tuple[Xsk, int]] = {}  # by index: and the port of each
+        self.ended: deque[tuple[Xsk, int, dict[str, int]]] = deque()  # and its last statistics
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._events = np.zeros(loop.EVENTS_MAX * 12, np.uint8)
@@ -181,6 +186,7 @@ class Worker:
         self._settle()
         if receives:
             self._epoll.register(xsk.fd, select.EPOLLIN)
+        self.sockets[index] = xsk, port
         return index
 
     def remove(self, index: int) -> int:
@@ -190,7 +196,9 @@ class Worker:
             self._epoll.unregister(int(sock["fd"]))
         except OSError:
             pass  # the fd is gone already
-        port = int(sock["port"])
+        xsk, port = self.sockets.pop(index)
+        with suppress(KernelError):
+            self.ended.append((xsk, port, xsk.statistics()))
         sock["state"] = STATE_EMPTY
         if self.rings.port_sock[port] == index:
             others = (self.rings.socks["port"] == port) & (self.rings.socks["state"] == STATE_OPEN)

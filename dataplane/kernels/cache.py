@@ -18,7 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("dataplane/kernels",)
-COMPILED = ("account", "loop", "rings", "warm")  # what is compiled of the engine
+# What is compiled of the engine.
+COMPILED = ("account", "loop", "occupancy", "rings", "transmit", "warm")
 FILES = ("xdp/abi.h", "xdp/abi.py", *(f"dataplane/engine/{name}.py" for name in COMPILED))
 KEEP = 3  # digests kept beside the present one: branches that one switches between
 

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from dataplane.tables.shm import Shm
-from xdp.abi import CONST, ENUM
+from xdp.abi import CONST, ENUM, value
+
+FORWARDED = value("REASON_FORWARDED")
 
 STAGES = {
     n: name.removeprefix("STAGE_").lower()
@@ -46,7 +48,7 @@ def moment(shm: Shm) -> Moment:
         time.monotonic(),
         workers,
         int(packets[:-1].sum()),
-        int(packets[-1].sum()),
+        int(packets[-1, :, FORWARDED].sum()),
         tuple(_cpu(int(tid)) for tid in workers["tid"]),
     )
 

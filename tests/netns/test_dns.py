@@ -191,12 +191,16 @@ def test_the_command_line_knows_what_was_asked(world):
 
 
 def _flood(pod, folder: Path, seconds: int, rate: int = 2000, waiting: int = 500):
-    """Start dnsperf, which pauses while so many queries wait for their answers."""
+    """Start dnsperf, which pauses while so many queries wait for their answers.
+
+    One socket's buffer (net.core.rmem_max) holds some 270 answers, and more of them come at once
+    when dnsperf has waited for a core: so it asks as 20 clients.
+    """
     names = folder / f"{pod.name}-queries"
     names.write_text(f"{NAME} A\nwww.{NAME} AAAA\n{NAME} AAAA\nwww.{NAME} A\n")
     return pod.namespace.spawn(
         "dnsperf", "-s", ADDRESSES[4], "-d", str(names), "-l", str(seconds), "-Q", str(rate),
-        "-q", str(waiting), "-t", "3", log=f"{pod.name}-dnsperf-{seconds}",
+        "-q", str(waiting), "-c", "20", "-t", "3", log=f"{pod.name}-dnsperf-{seconds}",
     )  # fmt: skip
 
 
@@ -210,21 +214,9 @@ def _lost(text: str) -> tuple[int, int]:
 
 
 def test_killing_the_agent_loses_no_query_and_opens_nothing(world):
-    """kill -9 under 2000 queries a second; it is restarted in the meantime.
-
-    What the agent's death loses is lost each time. Beside other tests a worker may wait for its
-    core until its rings are full, so a flood with losses is asked again, twice at most.
-    """
-    lost = [_lost_at_a_kill(world, 8)]
-    while lost[-1] and len(lost) < 3:
-        lost.append(_lost_at_a_kill(world, 8 + len(lost)))
-    assert lost[-1] == 0, lost
-
-
-def _lost_at_a_kill(world, seconds: int) -> int:
-    """Kill the agent under a flood of queries; return how many of them were lost."""
+    """kill -9 under 2000 queries a second; it is restarted in the meantime."""
     node = world.nodes[0]
-    flood = _flood(world.genai, Path(world.lab.folder), seconds)
+    flood = _flood(world.genai, Path(world.lab.folder), 8)
     eventually(lambda: node.pid("agent"), "an agent")
     node.kill_agent()
     assert _fetches(world.genai, NAME, 4, "10")
@@ -233,9 +225,9 @@ def _lost_at_a_kill(world, seconds: int) -> int:
     assert _dig(world.genai, NAME, "A", "+tcp")[0] == "NOERROR"
     sent, lost = _lost(flood.wait(60))
     assert sent > 5000
+    assert lost == 0
     node.wait(60)
     assert _fetches(world.genai, NAME, 4, "10")
-    return lost
 
 
 def test_an_upgrade_loses_no_query_that_a_client_asks_again(world):

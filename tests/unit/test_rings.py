@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scapy.all import IP, UDP, Ether, Raw, raw
 
 from dataplane.engine import rings as ring_code
+from dataplane.engine import transmit as transmit_code
 from dataplane.engine.conntrack import NAT_PORTS, Conntrack
 from dataplane.engine.worker import Worker
 from dataplane.kernels.batch import VERDICT_DROP, VERDICT_HOLD, VERDICT_SEND, make_batch
@@ -30,7 +31,7 @@ def _receive(b, r, f, now):
 
 @kernel
 def _transmit(b, r, stats):
-    ring_code.transmit(b, r, stats)
+    transmit_code.transmit(b, r, stats)
 
 
 @kernel
@@ -52,7 +53,7 @@ class World:
         self.now = HOLD_NS
         self.rings = self.worker.rings
         self.batch = make_batch()
-        self.stats = np.zeros(2, np.int64)
+        self.stats = np.zeros(4, np.int64)
         self.pipes = [os.pipe() for _ in range(sockets)]
         self.xsks = [FakeXsk(self.area, pipe[0], size) for pipe in self.pipes]
         self.slots = [self.worker.add(xsk, port) for port, xsk in enumerate(self.xsks)]

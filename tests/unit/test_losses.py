@@ -1,0 +1,83 @@
+"""What sockets lose is counted once, by reason and port, also of sockets that are gone."""
+
+from collections import deque
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dataplane.engine.losses import Losses
+from xdp.abi import CONST, DTYPE, value
+from xdp.errors import KernelError
+from xdp.xsk import STATISTIC_NAMES
+
+UPLINK, POD = 1, 2  # ports
+INGRESS, EGRESS = 0, 1
+FILL_EMPTY, RECEIVE_FULL = value("REASON_FILL_EMPTY"), value("REASON_RECEIVE_FULL")
+
+
+class Socket:
+    """Its counters stand still unless the test moves them."""
+
+    def __init__(self) -> None:
+        self.lost = dict.fromkeys(STATISTIC_NAMES, 0)
+        self.closed = False
+
+    def statistics(self) -> dict[str, int]:
+        if self.closed:
+            raise KernelError("getsockopt", 9)
+        return dict(self.lost)
+
+
+@pytest.fixture
+def world():
+    shm = SimpleNamespace(
+        reasons=np.zeros((2, 2, CONST["REASONS_MAX"]), DTYPE["reason_counter"]),
+        port_counters=np.zeros((2, CONST["PORTS_MAX"]), DTYPE["port_counter"]),
+        ports=np.zeros(CONST["PORTS_MAX"], DTYPE["port"]),
+    )
+    shm.ports["kind"][UPLINK], shm.ports["kind"][POD] = value("PORT_UPLINK"), value("PORT_POD")
+    worker = SimpleNamespace(sockets={0: (Socket(), UPLINK), 1: (Socket(), POD)}, ended=deque())
+    return SimpleNamespace(shm=shm, worker=worker, losses=Losses(shm, [worker]))
+
+
+def counted(world) -> dict[tuple[int, int], int]:
+    rows = world.shm.reasons["packets"]
+    assert not rows[0].any(), "a worker's row was written"
+    return {
+        (int(way), int(n)): int(rows[-1][way, n])
+        for way, n in zip(*rows[-1].nonzero(), strict=True)
+    }
+
+
+def test_losses_are_counted_once_and_packets_in_still_agree(world):
+    uplink, pod = (world.worker.sockets[n][0] for n in (0, 1))
+    uplink.lost.update(rx_dropped=4, rx_fill_ring_empty_descs=9)
+    pod.lost.update(rx_ring_full=3)
+    world.losses.collect()
+    world.losses.collect()
+    uplink.lost.update(rx_dropped=6)
+    world.losses.collect()
+    assert counted(world) == {(INGRESS, FILL_EMPTY): 6, (EGRESS, RECEIVE_FULL): 3}
+    ports = world.shm.port_counters[-1]
+    for name in ("rx_packets", "rx_drops"):
+        assert (ports[UPLINK][name], ports[POD][name]) == (6, 3)
+
+
+def test_the_last_losses_of_a_closed_socket_count_and_a_new_one_begins_at_nothing(world):
+    gone, port = world.worker.sockets[0]
+    gone.lost.update(rx_dropped=4)
+    world.losses.collect()
+    gone.lost.update(rx_dropped=5)
+    world.worker.ended.append((gone, port, gone.statistics()))
+    gone.closed = True
+    world.worker.sockets[0] = Socket(), UPLINK
+    world.worker.sockets[0][0].lost.update(rx_dropped=1)
+    world.losses.collect()
+    assert counted(world) == {(INGRESS, FILL_EMPTY): 6}
+
+
+def test_a_socket_that_closes_meanwhile_is_left_alone(world):
+    world.worker.sockets[0][0].closed = True
+    world.losses.collect()
+    assert counted(world) == {}
