@@ -195,13 +195,18 @@ class Node:
 
     def pid(self, part: str) -> int:
         """The process `agent` or `forwarder` of this node, 0 when there is none."""
+        return next(iter(self.pids(part)), 0)
+
+    def pids(self, part: str) -> list[int]:
+        """All of them: a next one may stand by."""
+        found = []
         for pid in self.namespace.pids():
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
                 if part.encode() in words and state != "Z":
-                    return pid
-        return 0
+                    found.append(pid)
+        return found
 
     def kill(self, *parts: str) -> None:
         """kill -9 of `agent`, `forwarder` or `run` (the supervisor)."""

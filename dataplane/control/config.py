@@ -142,6 +142,11 @@ class ForwarderSection(_Section):
     nice: Annotated[int, Field(ge=-20, le=19)] = Field(
         -10, description="of the workers, for which the packets of all pods wait (setpriority(2))"
     )
+    standby: bool = Field(
+        False,
+        description="keep the next forwarder prepared: one that dies is replaced at once, not in "
+        "some seconds; takes its memory twice",
+    )
     watchdog_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
         3000, description="without a heartbeat for so long the uplink is the kernel's; 0: never"
     )

@@ -11,8 +11,9 @@ beats of the process that runs now count: one that still compiles its kernels ha
 starts the children anew, one after the other: an upgrade in place. What a forwarder leaves to the
 next one is kept here (xdp/handover.py), so established flows do not notice; all else waits for a
 quarter of a second, since the next one is prepared before the old one ends. One that cannot start
-leaves the old one at work. Children get SIGKILL when the supervisor dies (PR_SET_PDEATHSIG), so no
-forwarder runs without its supervisor.
+leaves the old one at work. With forwarder.standby the next one is always prepared, so that a death
+costs no more than an upgrade. Children get SIGKILL when the supervisor dies (PR_SET_PDEATHSIG), so
+no forwarder runs without its supervisor.
 """
 
 import asyncio
@@ -22,7 +23,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -51,12 +53,26 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+Prepared = tuple[asyncio.subprocess.Process, Gate]
+
+
 class Child:
     """One process that is kept alive."""
 
-    def __init__(self, name: str, config: Path | None, store: Store | None = None) -> None:
-        """name: the subcommand, such as `agent`; store: what it leaves to the next."""
+    def __init__(
+        self,
+        name: str,
+        config: Path | None,
+        store: Store | None = None,
+        serves: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """name: the subcommand, such as `agent`; store: what it leaves to the next.
+
+        serves: returns when it does its work, from when on a next one stands by; none: none does.
+        """
         self._store = store
+        self._serves = serves
+        self._ready: Prepared | None = None
         self.name = name
         self._command = [sys.executable, "-m", "dataplane.cli.main", name]
         if config is not None:
@@ -74,9 +90,13 @@ class Child:
             self.process, self._next = self._next or await self._spawn(), None
             if stop.is_set():  # it came between the question and the start
                 await self.end()
+            standby = asyncio.create_task(self._stand_by())
             self.status = await self.process.wait()
+            standby.cancel()
             if stop.is_set():
+                self._dismiss()
                 return
+            self._take_over()
             if self._next is not None:
                 continue
             if self.status == EX_CONFIG:
@@ -99,27 +119,60 @@ class Child:
             *self._command, preexec_fn=_die_with_parent, env=os.environ | more, pass_fds=fds
         )
 
-    async def renew(self) -> None:
-        """Put the next process in the place of this one, prepared beside it where it leaves much.
-
-        One that does not get so far leaves this one at work.
-        """
-        if self._store is None:
-            await self.end()
-            return
+    async def _prepare(self) -> "Prepared | None":
+        """Start a next process beside this one; None: it does not get so far."""
         gate = Gate()
         successor = await self._spawn(gate)
         try:
             if await asyncio.wait_for(gate.prepared(), PREPARED_S):
-                self._next = successor
-                await self.end()
-                gate.open(self._store)
-                return
+                return successor, gate
         except TimeoutError:
             await _end(successor, self.name)
-        finally:
-            gate.close()  # who still waits for its turn ends
-        log.error("the next one does not start: this one goes on", process=self.name)
+        except asyncio.CancelledError:
+            gate.close()
+            raise
+        gate.close()
+        return None
+
+    async def _stand_by(self) -> None:
+        """Have a next process prepared once this one does its work."""
+        if self._serves is not None and self._ready is None:
+            await self._serves()
+            self._ready = await self._prepare()
+            if self._ready is not None:
+                log.info("one stands by", process=self.name)
+
+    def _take_over(self) -> None:
+        """After a death that nobody has asked for, let who stands by begin."""
+        if self._next is None and self._ready is not None and self._store is not None:
+            log.warning("the standby takes over", process=self.name, status=self.status)
+            (self._next, gate), self._ready = self._ready, None
+            gate.open(self._store)
+            gate.close()
+
+    def _dismiss(self) -> None:
+        """End who stands by: it waits for a turn that does not come."""
+        if self._ready is not None:
+            self._ready[1].close()
+            self._ready = None
+
+    async def renew(self) -> None:
+        """Put the next process in the place of this one, prepared beside it where it leaves much.
+
+        One that does not get so far leaves this one at work. Who stands by is of the old program.
+        """
+        if self._store is None:
+            await self.end()
+            return
+        fresh = await self._prepare()
+        if fresh is None:
+            log.error("the next one does not start: this one goes on", process=self.name)
+            return
+        self._dismiss()
+        self._next, gate = fresh
+        await self.end()
+        gate.open(self._store)
+        gate.close()
 
     async def end(self) -> None:
         """SIGTERM, and SIGKILL when that is not enough."""
@@ -217,7 +270,9 @@ async def _run(config: Config, path: Path | None) -> int:
         loop.add_signal_handler(number, stop.set)
     store = Store()
     store.listen()
-    agent, forwarder = Child("agent", path), Child("forwarder", path, store)
+    serves = partial(_answers, config.run_dir / SOCKETS["forwarder"])
+    standby = serves if config.forwarder.standby else None
+    agent, forwarder = Child("agent", path), Child("forwarder", path, store, standby)
     others = [Child("observer", path)] if config.observe.enabled else []
     others += [Child("dnsproxy", path)] if config.dns.tcp else []
     children = (agent, forwarder, *others)

@@ -8,7 +8,7 @@ import pytest
 
 from bench import checks
 from bench.lab import Lab, LabError, eventually
-from bench.penstock import Cluster
+from bench.penstock import Cluster, Settings
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
 
@@ -48,6 +48,11 @@ def _end(ping) -> tuple[int, int]:
     counts = re.search(r"(\d+) packets transmitted, (\d+) received", ping.output())
     assert counts, ping.output()
     return int(counts[1]), int(counts[2])
+
+
+def _working(node) -> int:
+    """Pid of the forwarder that answers, 0 when none does."""
+    return node.ask("status").get("forwarder", {}).get("pid", 0)
 
 
 def _addresses(node) -> dict[str, tuple[str, str]]:
@@ -96,6 +101,28 @@ def test_traffic_resumes_after_the_forwarder_is_killed(cluster):
     eventually(lambda: node.pid("forwarder") not in (0, killed), "a new forwarder")
     _traffic_resumes(cluster)
     assert _addresses(node) == before
+
+
+def test_a_standby_takes_over_from_a_killed_forwarder():
+    """The process that was prepared is the next one, and gets a standby of its own."""
+    with Lab() as lab:
+        cluster = Cluster(lab, Settings(forwarder={"standby": True})).start(1)
+        (node,) = cluster.nodes
+        here, there = node.pod("here"), node.pod("there")
+        for turn in (1, 2):
+            eventually(lambda n=turn: node.log().count("one stands by") == n, "a standby", 60)
+            working = _working(node)
+            standby = set(node.pids("forwarder")) - {working}
+            ping = _steady(here.namespace, there.addresses[4])
+            eventually(lambda p=ping: "bytes from" in p.output(), "an answer")
+            os.kill(working, signal.SIGKILL)
+            eventually(lambda n=turn: node.log().count("the standby takes over") == n, "the next")
+            eventually(lambda old=working: _working(node) not in (0, old), "an answer of the next")
+            assert {_working(node)} == standby
+            for address in there.addresses.values():
+                eventually(lambda a=address: _answered(here.namespace, a), "an answer", 60)
+            sent, answered = _end(ping)
+            assert answered > 0, sent
 
 
 def test_pods_keep_their_addresses_when_everything_is_killed(cluster):
