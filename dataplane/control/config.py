@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from dataplane.control.sections import Observe
+from dataplane.control.sections import Conntrack, Metrics, Observe
 from dataplane.control.sections import Section as _Section
 from xdp.abi import CONST
 
@@ -305,41 +305,6 @@ class Masquerade(_Section):
     def port_range(self) -> tuple[int, int]:
         """First and last source port."""
         return _port_range(self.ports)
-
-
-class Timeouts(_Section):
-    """Idle time, in seconds, after which a connection is forgotten."""
-
-    tcp_established: int = Field(8000, ge=1, description="RFC 5382 asks for 7440")
-    tcp_syn: int = Field(240, ge=1, description="not yet answered or confirmed; RFC 5382: 240")
-    tcp_closing: int = Field(240, ge=1, description="one side has closed; RFC 5382: 240")
-    tcp_closed: int = Field(10, ge=1, description="both have, or one has reset")
-    udp: int = Field(300, ge=1, description="both directions seen; RFC 4787 recommends 300")
-    udp_unreplied: int = Field(120, ge=1, description="one direction seen; RFC 4787 asks for 120")
-    icmp: int = Field(60, ge=1, description="RFC 5508 asks for 60")
-
-
-class Conntrack(_Section):
-    """Connection tracking."""
-
-    max: Annotated[int, Field(ge=1024, le=1 << 23)] = Field(
-        1 << 19, description="connections, rounded up to a power of two; 230 bytes each in use"
-    )
-    timeouts: Timeouts = Field(default_factory=Timeouts)
-
-
-class Metrics(_Section):
-    """Prometheus metrics at /metrics, and a web page at /, on one port of the agent."""
-
-    listen: str = Field("127.0.0.1", description="address; 0.0.0.0 or :: lets others in")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        9962, description="TCP port, Cilium's; 0: none"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> "Metrics":
-        ip_address(self.listen)
-        return self
 
 
 class Config(_Section):

@@ -5,6 +5,7 @@ Rule: as config.py: every option has a default, a meaning and a check.
 Theory. config.py puts the sections together; one that needs nothing of the others stands here.
 """
 
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,4 +54,39 @@ class Observe(Section):
         _, colon, port = self.listen.rpartition(":")
         if self.listen and not (colon and port.isdecimal() and int(port) <= 65535):
             raise ValueError(f"listen {self.listen!r}: must be HOST:PORT, such as 0.0.0.0:4244")
+        return self
+
+
+class Timeouts(Section):
+    """Idle time, in seconds, after which a connection is forgotten."""
+
+    tcp_established: int = Field(8000, ge=1, description="RFC 5382 asks for 7440")
+    tcp_syn: int = Field(240, ge=1, description="not yet answered or confirmed; RFC 5382: 240")
+    tcp_closing: int = Field(240, ge=1, description="one side has closed; RFC 5382: 240")
+    tcp_closed: int = Field(10, ge=1, description="both have, or one has reset")
+    udp: int = Field(300, ge=1, description="both directions seen; RFC 4787 recommends 300")
+    udp_unreplied: int = Field(120, ge=1, description="one direction seen; RFC 4787 asks for 120")
+    icmp: int = Field(60, ge=1, description="RFC 5508 asks for 60")
+
+
+class Conntrack(Section):
+    """Connection tracking."""
+
+    max: Annotated[int, Field(ge=1024, le=1 << 23)] = Field(
+        1 << 19, description="connections, rounded up to a power of two; 230 bytes each in use"
+    )
+    timeouts: Timeouts = Field(default_factory=Timeouts)
+
+
+class Metrics(Section):
+    """Prometheus metrics at /metrics, and a web page at /, on one port of the agent."""
+
+    listen: str = Field("127.0.0.1", description="address; 0.0.0.0 or :: lets others in")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        9962, description="TCP port, Cilium's; 0: none"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Metrics":
+        ip_address(self.listen)
         return self

@@ -51,7 +51,9 @@ def test_datagrams_that_a_program_sends_in_one_call_arrive_one_by_one(cluster, f
     target, table = cluster.targets[path], cluster.nodes[0]
     address = target.addresses[family]
     before = table.ask("status")["forwarder"]["flow_table"]
-    server = target.namespace.spawn(sys.executable, "-c", RECEIVE, address, log="datagrams")
+    server = target.namespace.spawn(
+        sys.executable, "-c", RECEIVE, address, log=f"datagrams-{path[:4]}-{family}"
+    )
     eventually(lambda: "ready" in server.output(), "the server")
     cluster.source.namespace.run(sys.executable, "-c", SEND, address)
     whole = f"{PARTS * TIMES} [{SIZE}]"
