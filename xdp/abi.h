@@ -37,6 +37,7 @@
 #define PREFIXES_MAX 16          /* pod prefixes of this node that the uplink steers */
 #define LOCALS_MAX 32            /* addresses of this node that the tunnel may arrive at */
 #define STAGES_MAX 16
+#define PROGRAM_DROPS 4          /* enum program_drop and room */
 #define STEERED_FRAGMENTS 4096   /* fragmented packets that an uplink follows at a time */
 
 /* Identity and policy */
@@ -389,6 +390,13 @@ struct xdp_port {
   __u32 queue_count;
   __u32 trunk;                   /* HOOK_TC: ifindex over which its packets go to the sockets, tagged */
   __u32 index;                   /* with this VLAN: row of the port table */
+};
+
+/* What the programs drop, and the reason that it is counted by. */
+enum program_drop {
+  DROP_UPLINK_NO_DEVICE = 0,     /* REASON_PORT_GONE: rewritten, but the device has just gone */
+  DROP_POD_NO_DEVICE = 1,
+  DROP_POD_NO_SOCKET = 2,        /* REASON_ENDPOINT_NOT_READY: no forwarder takes it */
 };
 
 struct steer_prefix {

@@ -131,7 +131,7 @@ class Forwarder:
         self.ports = Ports(shm.ports, self.umem, self.bpf, self.workers, self.table, handover)
         self.frontends = SteeredFrontends(self.bpf.maps["frontends"], row, shm)
         self.taps = Taps(shm, self.workers, self.table)
-        self.losses = Losses(shm, self.workers)
+        self.losses = Losses(shm, self.workers, self.table.drops)
         self.generation = -1
         self._full = False
         self._told: set[str] = set()  # limits of names that were warned of

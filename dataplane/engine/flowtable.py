@@ -30,8 +30,9 @@ from xdp.object import BpfObject
 WAYS = CONST["FLOW_WAYS"]
 LINE = np.dtype(f"V{4 * WAYS}")
 MAPS = ("steering", "flow_tags", "flow_entries", "hops", "flow_devices", "flow_ifindexes",
-        "flow_faults")  # fmt: skip
+        "program_drops")  # fmt: skip
 WRITTEN, LIVE = value("FLOW_WRITTEN"), value("FLOW_LIVE")
+NO_DEVICE = [value("DROP_UPLINK_NO_DEVICE"), value("DROP_POD_NO_DEVICE")]
 RESTING, RECORD_LIVE = value("FLOW_RESTING"), value("RECORD_LIVE")
 
 
@@ -71,7 +72,7 @@ class FlowTable:
         self._bpf, self._steering, self._shm = bpf, steering, shm
         self.slots = bpf.maps["flow_entries"].max_entries
         self.devices = np.zeros(CONST["PORTS_MAX"], np.uint8)
-        self._faults = bpf.maps["flow_faults"].mmap(np.dtype("<u8"))
+        self.drops = bpf.maps["program_drops"].mmap(np.dtype("<u8"))
         self.flows = Flows(
             tags=Rows(bpf.maps["flow_tags"].mmap(LINE).view("<u4")),
             entries=Rows(bpf.maps["flow_entries"].mmap(DTYPE["flow_entry"])),
@@ -180,6 +181,6 @@ class FlowTable:
             "entries": self.live,
             "slots": self.slots,
             "packets": self.packets,
-            "faults": int(self._faults[0]),
+            "faults": int(self.drops[NO_DEVICE].sum()),
             "ports": int(self.devices.sum()),
         }

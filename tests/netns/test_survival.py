@@ -9,8 +9,10 @@ import pytest
 from bench import checks
 from bench.lab import Lab, LabError, eventually
 from bench.penstock import Cluster, Settings
+from xdp.abi import value
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
+NOT_READY = value("REASON_ENDPOINT_NOT_READY")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,11 @@ def _working(node) -> int:
     return node.ask("status").get("forwarder", {}).get("pid", 0)
 
 
+def _without_forwarder(node) -> int:
+    rows = node.ask("counters")["reasons"]
+    return sum(row["packets"] for row in rows if row["reason"] == NOT_READY)
+
+
 def _addresses(node) -> dict[str, tuple[str, str]]:
     return {row["pod"]: (row["ipv4"], row["ipv6"]) for row in node.ask("endpoint")}
 
@@ -95,12 +102,20 @@ def test_counters_and_deletes_work_without_an_agent(cluster):
 
 
 def test_traffic_resumes_after_the_forwarder_is_killed(cluster):
+    """What came in between has a reason, which the next forwarder counts."""
     node = cluster.nodes[0]
-    before = _addresses(node)
+    before, dropped = _addresses(node), _without_forwarder(node)
+    ping = _steady(node.pods[0].namespace, node.pods[1].addresses[4])
     killed = node.kill_forwarder()
     eventually(lambda: node.pid("forwarder") not in (0, killed), "a new forwarder")
     _traffic_resumes(cluster)
     assert _addresses(node) == before
+    sent, answered = _end(ping)
+    assert sent > answered
+    eventually(
+        lambda: _without_forwarder(node) - dropped >= (sent - answered) // 2,
+        f"a reason for the {sent - answered} lost",
+    )
 
 
 def test_a_standby_takes_over_from_a_killed_forwarder():

@@ -11,7 +11,7 @@ from xdp.abi import CONST, DTYPE, value
 from xdp.errors import KernelError
 from xdp.xsk import STATISTIC_NAMES
 
-UPLINK, POD = 1, 2  # ports
+UPLINK, POD, HOST = 1, 2, 3  # ports
 INGRESS, EGRESS = 0, 1
 FILL_EMPTY, RECEIVE_FULL = value("REASON_FILL_EMPTY"), value("REASON_RECEIVE_FULL")
 
@@ -38,7 +38,9 @@ def world():
     )
     shm.ports["kind"][UPLINK], shm.ports["kind"][POD] = value("PORT_UPLINK"), value("PORT_POD")
     worker = SimpleNamespace(sockets={0: (Socket(), UPLINK), 1: (Socket(), POD)}, ended=deque())
-    return SimpleNamespace(shm=shm, worker=worker, losses=Losses(shm, [worker]))
+    drops = np.zeros(2 * CONST["PROGRAM_DROPS"], np.uint64)
+    losses = Losses(shm, [worker], drops)
+    return SimpleNamespace(shm=shm, worker=worker, losses=losses, drops=drops)
 
 
 def counted(world) -> dict[tuple[int, int], int]:
@@ -81,3 +83,39 @@ def test_a_socket_that_closes_meanwhile_is_left_alone(world):
     world.worker.sockets[0][0].closed = True
     world.losses.collect()
     assert counted(world) == {}
+
+
+def test_what_programs_drop_has_a_reason_once_whoever_counts_it(world):
+    """The map is the next forwarder's as well; where no port stands for it yet, it waits."""
+    world.drops[value("DROP_POD_NO_SOCKET")] = 5
+    world.losses.collect()
+    assert counted(world) == {}
+    world.shm.ports["kind"][HOST] = value("PORT_HOST")
+    world.drops[value("DROP_UPLINK_NO_DEVICE")] = 2
+    for losses in (world.losses, world.losses, Losses(world.shm, [world.worker], world.drops)):
+        losses.collect()
+    world.drops[value("DROP_POD_NO_SOCKET")] = 6
+    Losses(world.shm, [world.worker], world.drops).collect()
+    gone, not_ready = value("REASON_PORT_GONE"), value("REASON_ENDPOINT_NOT_READY")
+    assert counted(world) == {(INGRESS, gone): 2, (EGRESS, not_ready): 6}
+    ports = world.shm.port_counters[-1]
+    assert (ports[UPLINK]["rx_drops"], ports[HOST]["rx_drops"]) == (2, 6)
+
+
+def test_what_does_not_fit_into_the_trunk_has_a_reason(world, monkeypatch):
+    world.shm.ports["kind"][HOST] = value("PORT_HOST")
+    world.shm.ports["peer_ifindex"][HOST] = 7
+    counts = {7: 3}
+    monkeypatch.setattr("dataplane.engine.losses._tx_dropped", counts.get)
+    world.losses.collect()  # what was before us is not ours
+    assert counted(world) == {}
+    counts[7] = 10
+    world.losses.collect()
+    assert counted(world) == {(EGRESS, RECEIVE_FULL): 7}
+    world.shm.ports["peer_ifindex"][HOST] = 8  # the pair was made anew
+    world.losses.collect()
+    counts[8] = 1
+    world.losses.collect()
+    counts[8] = 2
+    world.losses.collect()
+    assert counted(world) == {(EGRESS, RECEIVE_FULL): 8}

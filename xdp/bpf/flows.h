@@ -70,14 +70,15 @@ struct {
 #define ECN_MASK 3
 #define barrier() asm volatile("" ::: "memory")
 
-/* Packets that were rewritten and could not be sent: a device that has just gone. */
+/* Packets that the programs have dropped, by enum program_drop; behind that, what of them the forwarders
+ * have counted. */
 struct {
   __uint(type, BPF_MAP_TYPE_ARRAY);
-  __uint(max_entries, 1);
+  __uint(max_entries, 2 * PROGRAM_DROPS);
   __uint(map_flags, BPF_F_MMAPABLE);
   __type(key, __u32);
   __type(value, __u64);
-} flow_faults SEC(".maps");
+} program_drops SEC(".maps");
 
 /* What a packet is looked up by, and what is needed of it to rewrite it. */
 struct flow_key {
@@ -91,7 +92,8 @@ struct flow_key {
   __u32 remote[4];               /* where the tunnel packet came from */
   __u8 four;
   __u8 tos;
-  __u8 reserved[6];
+  __u8 uplink;                   /* it came in there */
+  __u8 reserved[5];
 };
 
 static __always_inline __u64 flow_hash(const struct flow_key *key, __u64 seed)
@@ -313,27 +315,26 @@ static __always_inline int flow_outer(void *eth, const void *end, const struct h
     __builtin_memcpy(data, hop->header, (size));                           \
   } while (0)
 
-static __always_inline void flow_fault(void)
+static __always_inline void note_drop(__u32 why)
 {
-  __u32 zero = 0;
-  __u64 *faults = bpf_map_lookup_elem(&flow_faults, &zero);
+  __u64 *count = bpf_map_lookup_elem(&program_drops, &why);
 
-  if (faults)
-    __sync_fetch_and_add(faults, 1);
+  if (count)
+    __sync_fetch_and_add(count, 1);
 }
 
 /* Send a rewritten packet and count it. */
-static __always_inline int flow_send(struct flow_entry *live, __u32 port, __u32 length)
+static __always_inline int flow_send(struct flow_entry *live, __u32 port, const struct flow_key *key)
 {
   int verdict = bpf_redirect_map(&flow_devices, port, XDP_ABORTED);
 
   if (verdict == XDP_REDIRECT) {
     /* A flow's packets may come in on two queues at a time. */
     __sync_fetch_and_add(&live->packets, 1);
-    __sync_fetch_and_add(&live->bytes, length);
+    __sync_fetch_and_add(&live->bytes, key->length);
     live->last_ns = bpf_ktime_get_coarse_ns();
   } else {
-    flow_fault();
+    note_drop(key->uplink ? DROP_UPLINK_NO_DEVICE : DROP_POD_NO_DEVICE);
   }
   return verdict;
 }
@@ -404,7 +405,7 @@ static __noinline int flow_forward(struct xdp_md *ctx, const struct steering *s,
     if (!flow_outer((void *)(long)ctx->data, end, hop, &e, key->length, key->tos))
       return XDP_ABORTED;
   }
-  return flow_send(live, hop->port, key->length);
+  return flow_send(live, hop->port, key);
 }
 
 /* Fill the key of the IP packet at `at`, whose EtherType is kind; 0: it is not one for the table. */

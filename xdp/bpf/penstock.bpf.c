@@ -77,7 +77,11 @@ int pod_rx(struct xdp_md *ctx)
     if (verdict != FLOW_MISS)
       return verdict;
   }
-  return to_socket(ctx, XDP_DROP);
+  int verdict = to_socket(ctx, XDP_DROP);
+
+  if (verdict == XDP_DROP)
+    note_drop(DROP_POD_NO_SOCKET);
+  return verdict;
 }
 
 /* Send a pod's packet to the sockets of the trunk: VLAN tag n says that it is port n's. */
@@ -86,8 +90,10 @@ static __always_inline int to_trunk(struct __sk_buff *skb)
   __u32 ifindex = skb->ifindex;
   struct xdp_port *port = bpf_map_lookup_elem(&xdp_ports, &ifindex);
 
-  if (!port || !port->trunk || bpf_skb_vlan_push(skb, bpf_htons(ETH_P_8021Q), port->index))
+  if (!port || !port->trunk || bpf_skb_vlan_push(skb, bpf_htons(ETH_P_8021Q), port->index)) {
+    note_drop(DROP_POD_NO_SOCKET);
     return TC_ACT_SHOT;
+  }
   return bpf_redirect(port->trunk, 0);
 }
 
@@ -199,7 +205,7 @@ static __always_inline int by_flow(struct xdp_md *ctx, const struct steering *s,
   void *data = (void *)(long)ctx->data;
   void *end = (void *)(long)ctx->data_end;
   const struct ethhdr *eth = data;
-  struct flow_key key = {};
+  struct flow_key key = {.uplink = 1};
 
   if ((void *)(eth + 1) > end)
     return FLOW_MISS;

@@ -139,7 +139,7 @@ static __noinline int segment_forward(struct __sk_buff *skb, const struct steeri
   else
     done = segment_write(skb, s, hop, key, &e, 84);
   if (!done) {
-    flow_fault();
+    note_drop(DROP_POD_NO_DEVICE);
     return TC_ACT_SHOT;
   }
   __sync_fetch_and_add(&live->packets, count);
