@@ -92,8 +92,8 @@ fuzz: warm ## Ten million bad frames through all stages, ten million bad DNS mes
 	$(BIN)/python -m tests.fuzz.fuzz_frames --frames 10000000
 	$(BIN)/python -m tests.fuzz.fuzz_dns --messages 10000000
 
-bench: warm $(STAMP_BENCH) $(BUILD)/ovs ## Everything beside its peers, interleaved: about an hour (RUNS=5)
-	$(BIN)/python -m bench --runs $(or $(RUNS),5) $(BENCH)
+bench: warm $(STAMP_BENCH) $(BUILD)/ovs ## Everything beside its peers, interleaved: an hour and a half (RUNS=3)
+	$(BIN)/python -m bench --runs $(or $(RUNS),3) $(BENCH)
 
 bench-quick: warm $(STAMP_BENCH) $(BUILD)/ovs ## The quick scenarios: under two minutes
 	$(BIN)/python -m bench --quick $(BENCH)
