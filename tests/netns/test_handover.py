@@ -9,14 +9,17 @@ import time
 from functools import partial
 
 import pytest
+import yaml
 
 from bench.lab import Lab, LabError, eventually
 from bench.penstock import Cluster, PodSpec, Settings
 from tests.netns.manifests import network_policy
+from xdp.abi import value
 
 pytestmark = pytest.mark.root
 
 PORT = 5001
+WRONG_VNI = value("REASON_WRONG_VNI")
 EVERY_S = 0.002
 # A number a datagram, and where each arrives: as it comes, with the time.
 SEND = (
@@ -155,6 +158,39 @@ def test_an_upgrade_in_place_loses_no_packet(world):
     next_forwarder(node, before["forwarder"])
     time.sleep(0.5)
     assert whole(stream.end())
+
+
+def start_anew(node, **network) -> None:
+    """SIGHUP with another section `network`; return when the next forwarder works."""
+    config = yaml.safe_load(node.config.read_text())
+    config["network"] |= network
+    node.config.write_text(yaml.safe_dump(config))
+    before = node.pid("forwarder")
+    os.kill(node.process.pid, signal.SIGHUP)
+    next_forwarder(node, before)
+
+
+def wrong_vni(node) -> int:
+    rows = node.ask("counters")["reasons"]
+    return sum(row["packets"] for row in rows if row["reason"] == WRONG_VNI)
+
+
+def test_another_vni_holds_for_flows_that_the_table_has_from_before(world):
+    """The next forwarder takes the table up, but no tunnel packet that has the old VNI."""
+    node = world.one
+    stream = Stream(world.far, world.a)
+    eventually(lambda: in_table(node) >= 1, "an entry in the flow table", 20)
+    try:
+        start_anew(node, vni=4711)
+        eventually(lambda: wrong_vni(node) > 0, "a packet with the wrong VNI", 20)
+        since = time.monotonic() + 0.2
+        time.sleep(1)
+        assert max(moment for _, moment in stream.end()) < since
+    finally:
+        start_anew(node, vni="identity")
+    again = Stream(world.far, world.a, port=PORT + 1)
+    time.sleep(1)
+    assert again.end()
 
 
 def test_a_policy_stops_a_flow_though_no_forwarder_runs(world):
