@@ -75,6 +75,7 @@ class TestpmdXdp(Redirect):
 
     name = "testpmd af_xdp"
     remark = "macswap (frames) or io (programs), no lookup; polls the other core"
+    quick = False  # its counterpart, Penstock without the flow table, is none of a quick run's
     device: ClassVar[str] = "af_xdp"
 
     def build(self) -> tuple[End, End]:
@@ -95,5 +96,4 @@ class TestpmdPacket(TestpmdXdp):
 
     name = "testpmd af_packet"
     remark = "the same over AF_PACKET rings"
-    quick = False
     device: ClassVar[str] = "af_packet"
