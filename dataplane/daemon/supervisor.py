@@ -96,7 +96,10 @@ class Child:
             if stop.is_set():
                 self._dismiss()
                 return
-            self._take_over()
+            if self._next is None:
+                self._take_over()
+            else:
+                self._dismiss()  # who stands by is of the program before the upgrade
             if self._next is not None:
                 continue
             if self.status == EX_CONFIG:
@@ -144,7 +147,7 @@ class Child:
 
     def _take_over(self) -> None:
         """After a death that nobody has asked for, let who stands by begin."""
-        if self._next is None and self._ready is not None and self._store is not None:
+        if self._ready is not None and self._store is not None:
             log.warning("the standby takes over", process=self.name, status=self.status)
             (self._next, gate), self._ready = self._ready, None
             gate.open(self._store)
@@ -159,7 +162,7 @@ class Child:
     async def renew(self) -> None:
         """Put the next process in the place of this one, prepared beside it where it leaves much.
 
-        One that does not get so far leaves this one at work. Who stands by is of the old program.
+        One that does not get so far leaves this one at work.
         """
         if self._store is None:
             await self.end()
@@ -168,7 +171,6 @@ class Child:
         if fresh is None:
             log.error("the next one does not start: this one goes on", process=self.name)
             return
-        self._dismiss()
         self._next, gate = fresh
         await self.end()
         gate.open(self._store)

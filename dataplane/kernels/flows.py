@@ -231,20 +231,22 @@ def _install(b, t, f, i, seed):
 
 
 @inline
-def _is_confirmed(b, t, f, i, back):
-    """Whether packet i ends the handshake of two pods of this node. back: adjacency to its sender.
+def _way_back(b, t, f, i):
+    """Adjacency to who sent packet i, which ends a handshake of two pods of this node; else -1.
 
     Their answers go the same way back, so what their entry says is known before one comes.
     """
     if b.protocol[i] != wire.TCP or b.way[i] != WAY_ORIGINAL:
-        return False
+        return np.int64(-1)
     record = t.connections.address + b.connection[i] * RECORD
     if load64(record + PACKETS) != FLOW_TCP or load32(record + FLOW_SLOT + 4):
-        return False
-    kind = t.adjacencies[b.adjacency[i]].kind
-    if kind != ADJACENCY_POD or t.adjacencies[back].kind != ADJACENCY_POD:
-        return False
-    return f.devices[t.adjacencies[back].port] != 0
+        return np.int64(-1)
+    if t.adjacencies[b.adjacency[i]].kind != ADJACENCY_POD:
+        return np.int64(-1)
+    back = np.int64(lookup(t, b.kind[i], b.source_hi[i], b.source_lo[i]))
+    if t.adjacencies[back].kind != ADJACENCY_POD or f.devices[t.adjacencies[back].port] == 0:
+        return np.int64(-1)
+    return back
 
 
 @inline
@@ -274,8 +276,8 @@ def _turn(b, t, i, back):
 def _install_both(b, t, f, i, seed):
     """Give packet i's direction an entry and, where the handshake is over, the answers' too."""
     _install(b, t, f, i, seed)
-    back = lookup(t, b.kind[i], b.source_hi[i], b.source_lo[i])
-    if not _is_confirmed(b, t, f, i, back):
+    back = _way_back(b, t, f, i)
+    if back < 0:
         return
     ingress, adjacency = b.ingress[i], b.adjacency[i]
     _turn(b, t, i, back)
