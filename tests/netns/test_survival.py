@@ -125,19 +125,34 @@ def test_a_standby_takes_over_from_a_killed_forwarder():
         (node,) = cluster.nodes
         here, there = node.pod("here"), node.pod("there")
         for turn in (1, 2):
-            eventually(lambda n=turn: node.log().count("one stands by") == n, "a standby", 60)
+            eventually(
+                lambda n=turn: node.process.output().count("one stands by") == n, "a standby", 60
+            )
             working = _working(node)
             standby = set(node.pids("forwarder")) - {working}
             ping = _steady(here.namespace, there.addresses[4])
             eventually(lambda p=ping: "bytes from" in p.output(), "an answer")
             os.kill(working, signal.SIGKILL)
-            eventually(lambda n=turn: node.log().count("the standby takes over") == n, "the next")
+            eventually(
+                lambda n=turn: node.process.output().count("the standby takes over") == n,
+                "the next",
+            )
             eventually(lambda old=working: _working(node) not in (0, old), "an answer of the next")
             assert {_working(node)} == standby
             for address in there.addresses.values():
                 eventually(lambda a=address: _answered(here.namespace, a), "an answer", 60)
             sent, answered = _end(ping)
             assert answered > 0, sent
+        eventually(lambda: node.process.output().count("one stands by") == 3, "a standby", 60)
+        before = set(node.pids("forwarder"))
+        os.kill(node.process.pid, signal.SIGHUP)  # who stands by is of the old program: it goes
+        eventually(
+            lambda: node.process.output().count("one stands by") == 4,
+            "a standby of the new one",
+            90,
+        )
+        eventually(lambda: not before & set(node.pids("forwarder")), "the end of both old ones")
+        assert len(node.pids("forwarder")) == 2
 
 
 def test_pods_keep_their_addresses_when_everything_is_killed(cluster):
