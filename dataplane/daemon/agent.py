@@ -33,7 +33,7 @@ from dataplane.control.model import EndpointView
 from dataplane.control.reconcile import Reconciler
 from dataplane.control.source import Source
 from dataplane.daemon import views
-from dataplane.daemon.engines import Engines
+from dataplane.daemon.engines import RULES, Engines
 from dataplane.daemon.lock import hold
 from dataplane.daemon.sight import Witness
 from dataplane.metrics.server import Sight
@@ -106,7 +106,7 @@ class Agent:
         self.cni = CniServer(self.cni_socket, self.backend)
         self.endpoints.on_change(lambda: self.reconciler.trigger("endpoints"))
         witness = Witness(self)
-        self.sight = Sight(self.shm, witness.facts, witness.owners)
+        self.sight = Sight(self.shm, witness.facts, witness.owners, self.shm.folder / RULES)
         self.stop = asyncio.Event()
         self._pools: dict[int, Any] = {}
         self._pool_error = ""

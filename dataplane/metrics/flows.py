@@ -8,20 +8,24 @@ the contexts that ACNS sets: `source` is the pod that sent, `destination` the po
 it came to from elsewhere, the other one is empty, so that series grow with pods and not with pairs.
 A record becomes one 64-bit key; numpy counts equal keys, and only distinct ones reach Python: 2.4 M
 records a second on one core. A drop counts its packets, all else once:
-Hubble sees each dropped packet, and a connection when it begins, changes and ends.
+Hubble sees each dropped packet, and a connection when it begins, changes and ends. Policies'
+verdicts are counted in verdicts.py. What Hubble leaves out is left out: TCP flags of what is
+dropped, and drops towards the world that no policy has made.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from dataplane.metrics.facts import Owner
+from dataplane.metrics.verdicts import VerdictCounter
 from dataplane.tables.events import EventReader
 from dataplane.tables.shm import Shm
+from dataplane.tables.verdicts import RULE_SHIFT
 from xdp.abi import CONST, REASON_TEXT, value
 
 PART = 32768  # records of a ring that are looked at together
@@ -30,8 +34,13 @@ PORTS_KEPT = 1000  # distinct destination ports; others are counted as one
 PORTS_MAX = CONST["PORTS_MAX"]
 NOBODY = PORTS_MAX
 AUDITED, REPLY = CONST["CONNECTION_FLAG_AUDITED"], CONST["EVENT_REPLY"]
-NEW, DROP, END = value("EVENT_NEW"), value("EVENT_DROP"), value("EVENT_END")
+NEW, DROP = value("EVENT_NEW"), value("EVENT_DROP")
+CHANGE, END = value("EVENT_CHANGE"), value("EVENT_END")
+DENIED = value("REASON_POLICY_DENIED")
 PORT_POD = value("PORT_POD")
+HOST, REMOTE_NODE = value("IDENTITY_HOST"), value("IDENTITY_REMOTE_NODE")
+POINTS = ("to-endpoint", "to-overlay", "to-network", "to-stack")
+"""Subtypes of traces, as observe/views.py tells them; numbers of the key's field `point`."""
 WORLD = [value(f"IDENTITY_WORLD{family}") for family in ("", "_IPV4", "_IPV6")]
 CIDR_FIRST = value("IDENTITY_CIDR_FIRST")
 PROTOCOLS = {1: "ICMPv4", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
@@ -51,7 +60,7 @@ PROTO_NAMES = {
 # Bits of a key, from the lowest.
 FIELDS = (
     ("kind", 3), ("six", 1), ("protocol", 8), ("reason", 8), ("source", 11), ("target", 11),
-    ("tcp", 8), ("audited", 1), ("ruled", 1), ("world", 1),
+    ("tcp", 8), ("audited", 1), ("ruled", 1), ("world", 1), ("point", 2),
 )  # fmt: skip
 
 
@@ -74,6 +83,8 @@ class FlowCollector:
         self._world: Counter[tuple[str, ...]] = Counter()
         self._ports: Counter[tuple[int, int]] = Counter()
         self._icmp: Counter[tuple[str, str]] = Counter()
+        self.verdicts = VerdictCounter(shm)
+        self.messages: Callable[[], Mapping[tuple[str, ...], int]] = dict  # flows of layer 7
 
     def take(self) -> int:
         """Count what is new, at most what the rings hold; return how much that was."""
@@ -99,7 +110,9 @@ class FlowCollector:
         return hashes[order], indices[order]
 
     def _count(self, rows: np.ndarray, hashes: np.ndarray, indices: np.ndarray) -> None:
-        keys = _keys(rows, self._shm.ports["kind"], hashes, indices)
+        ends = _ends(rows, self._shm.ports["kind"], hashes, indices)
+        self.verdicts.take(rows, *ends[:2], self._owner)
+        keys = _keys(rows, *ends)
         distinct, inverse = np.unique(keys, return_inverse=True)
         weights = np.where(rows["kind"] == DROP, rows["packets"], 1)
         counts = np.bincount(inverse, weights, len(distinct))
@@ -125,12 +138,12 @@ class FlowCollector:
             self._drops[(*ends, protocol, reason_name(key["reason"]))] += count
         else:
             kind = "PolicyVerdict" if key["kind"] == NEW and key["ruled"] else "Trace"
-            subtype = "" if kind == "PolicyVerdict" else "to-endpoint"
+            subtype = "" if kind == "PolicyVerdict" else POINTS[key["point"]]
             verdict = "AUDIT" if key["audited"] else "FORWARDED"
         self._flows[(*ends, protocol, kind, subtype, verdict)] += count
-        if key["world"] and key["kind"] in (NEW, DROP):
+        if key["world"] and (key["kind"] == NEW or key["reason"] == DENIED):
             self._world[(*ends, protocol, verdict)] += count
-        if key["protocol"] == TCP and key["kind"] != END:
+        if key["protocol"] == TCP and key["kind"] != END and verdict == "FORWARDED":
             for flag in _flag_names(key["tcp"]):
                 self._flags[(*ends, "IPv6" if key["six"] else "IPv4", flag)] += count
 
@@ -146,7 +159,7 @@ class FlowCollector:
             "flows_processed",
             "Flows",
             [*ends, "protocol", "type", "subtype", "verdict"],
-            self._flows,
+            {**self._flows, **self.messages()},
         )
         yield _family("drop", "Dropped packets", [*ends, "protocol", "reason"], self._drops)
         yield _family("tcp_flags", "TCP flags", [*ends, "family", "flag"], self._flags)
@@ -162,8 +175,10 @@ class FlowCollector:
             for (protocol, port), count in self._ports.items()
         }
         yield _family("port_distribution", "Connections by port", ["protocol", "port"], ports)
-        lost = {("PERF_EVENT_RING_BUFFER",): sum(self._reader.lost)}
+        lost = {("perf_event_ring_buffer",): sum(self._reader.lost)}
         yield _family("lost_events", "Events that nobody could read in time", ["source"], lost)
+        labels = [*ends, "direction", "match", "action"]
+        yield _family("policy_verdicts", "Verdicts of policies", labels, self.verdicts.counts)
 
 
 def _family(name: str, text: str, labels: list[str], counts: Any) -> Metric:
@@ -183,28 +198,51 @@ def _unique(words: np.ndarray) -> tuple[list[int], list[int]]:
     return distinct.tolist(), counts.tolist()
 
 
-def _keys(
+def _ends(
     rows: np.ndarray, kinds: np.ndarray, hashes: np.ndarray, indices: np.ndarray
-) -> np.ndarray:
-    """One number a record, of FIELDS."""
-    here = kinds[np.minimum(rows["port"], PORTS_MAX - 1)] == PORT_POD
-    target = np.full(len(rows), NOBODY)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ports of the pods of this node at both ends, or NOBODY: int64[n] each; is the receiver one?
+
+    The sender's, if it is here; else the receiver's. A reply's sender is the connection's target.
+    """
+    begun = np.where(
+        kinds[np.minimum(rows["port"], PORTS_MAX - 1)] == PORT_POD, rows["port"], NOBODY
+    )
+    other = np.full(len(rows), NOBODY)
     if len(hashes):
         wanted = _mixed(rows["target_hi"], rows["target_lo"])
         at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-        target = np.where((hashes[at] == wanted) & ~here, indices[at], NOBODY)
-    identity = rows["target_identity"]
+        other = np.where(hashes[at] == wanted, indices[at], NOBODY)
+    turned = _turned(rows)
+    source, target = np.where(turned, other, begun), np.where(turned, begun, other)
+    return source, np.where(source == NOBODY, target, NOBODY), target != NOBODY
+
+
+def _turned(rows: np.ndarray) -> np.ndarray:
+    """Whether records have the direction of their connection, and their packet the other. bool[n]"""
+    return (rows["kind"] == CHANGE) & (rows["flags"] & REPLY != 0)
+
+
+def _keys(
+    rows: np.ndarray, source: np.ndarray, target: np.ndarray, arrives: np.ndarray
+) -> np.ndarray:
+    """One number a record, of FIELDS. source, target, arrives: as _ends."""
+    identity = np.where(_turned(rows), rows["source_identity"], rows["target_identity"])
+    world = np.isin(identity, WORLD) | (identity >= CIDR_FIRST)
+    point = np.where(world | (identity == REMOTE_NODE), 2, np.where(identity == HOST, 3, 1))
+    point[arrives] = 0
     columns = {
         "kind": rows["kind"],
         "six": rows["family"] == 6,
         "protocol": rows["protocol"],
         "reason": np.where(rows["kind"] == DROP, rows["reason"], 0),
-        "source": np.where(here, rows["port"], NOBODY),
+        "source": source,
         "target": target,
         "tcp": rows["tcp"] & (FIN | SYN | RST | ACK),
         "audited": (rows["flags"] & AUDITED) != 0,
-        "ruled": (rows["egress_rule"] | rows["ingress_rule"]) != 0,
-        "world": np.isin(identity, WORLD) | (identity >= CIDR_FIRST),
+        "ruled": ((rows["egress_rule"] | rows["ingress_rule"]) >> RULE_SHIFT) != 0,
+        "world": world,
+        "point": point,
     }
     keys = np.zeros(len(rows), np.int64)
     shift = 0

@@ -1,14 +1,16 @@
 """DNS as Prometheus metrics.
 
-Rule: series grow with pods and servers, never with names: a pod may ask for any number of these.
+Rule: series grow with pods and servers, not with names: a pod may ask for any number of these.
 
 Theory. Workers count by pod and by server (dataplane/tables/names_view.py), so a scrape only adds
-lanes up. Queries and answers have Hubble's names, with the contexts that flows have: a query's
-source is the pod, an answer's destination. Latency, which Hubble does not have, is a histogram by
-server, one bucket an octave, and a few quantiles by pod. Names themselves are what `penstock dns
-top` and the page show.
+lanes up. Queries and answers have Hubble's names and words, with the contexts that flows have: a
+query's source is the pod, an answer's destination. Latency, which Hubble does not have, is a
+histogram by server, one bucket an octave, and a few quantiles by pod. Of names, the NAMES_SERIES
+that are asked for most have series, once they were asked for QUERIES_LEAST times: names that a pod
+makes up are asked for once.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +26,7 @@ from dataplane.tables.names_view import ENDS, NameReader
 from dataplane.tables.shm import Shm
 
 NAMES_MOST = 20  # that the page shows
+NAMES_SERIES, QUERIES_LEAST = 50, 10
 OCTAVE = 4  # buckets of latency
 BY_POD = {
     "retries": "Queries sent again while one waited",
@@ -33,6 +36,26 @@ BY_POD = {
     "malformed": "Messages that are no DNS",
     "truncated": "Answers that were too long for UDP",
 }
+BY_SERVER = {
+    "queries": "Queries that went to a server",
+    "retries": "Of these sent again while one waited",
+    "missing": "Queries that a server has left without an answer",
+}
+BY_NAME = {
+    "queries": "Queries for a name that went to a server",
+    "refused": "Queries for it that no rule allows",
+    "failures": "Answers that were errors",
+    "missing": "Queries without an answer",
+}
+RCODES = {
+    "NOERROR": "No Error", "FORMERR": "Format Error", "SERVFAIL": "Server Failure",
+    "NXDOMAIN": "Non-Existent Domain", "NOTIMP": "Not Implemented", "REFUSED": "Query Refused",
+    "YXDOMAIN": "Name Exists when it should not", "YXRRSET": "RR Set Exists when it should not",
+    "NXRRSET": "RR Set that should exist does not", "NOTAUTH": "Not Authorized",
+    "NOTZONE": "Name not contained in zone",
+}  # fmt: skip
+"""How Hubble's metrics call rcodes: IANA's descriptions (DNS parameters, RCODEs)."""
+DENIED = "Policy denied"  # as a query's rcode, in Hubble's metrics
 
 
 class NamesCollector:
@@ -45,14 +68,16 @@ class NamesCollector:
 
     def collect(self) -> Iterator[Metric]:
         """Yield the families of one scrape."""
-        pods = {str(self._owner(n)): one for n, one in self._reader.pods().items()}
+        pods = self._pods()
         yield from _hubble(pods)
         for name, text in BY_POD.items():
             family = CounterMetricFamily(f"penstock_dns_{name}", text, labels=["source"])
             for pod, one in pods.items():
                 family.add_metric([pod], one[name])
             yield family
-        yield _by_server(self._reader.servers())
+        servers = self._reader.servers()
+        yield from _by_server(servers)
+        yield _latency(servers)
         summary = SummaryMetricFamily(
             "penstock_dns_pod_latency_seconds", "Until the answer", labels=["source"]
         )
@@ -64,6 +89,7 @@ class NamesCollector:
                     one[f"{part}_ms"] / 1e3,
                 )
         yield summary
+        yield from self._by_name()
         notes = CounterMetricFamily(
             "penstock_names", "What names taught, and what found no room", labels=["what"]
         )
@@ -71,12 +97,38 @@ class NamesCollector:
             notes.add_metric([name], count)
         yield notes
 
-    def _owner(self, endpoint: int) -> Owner:
-        return self.pods.get(endpoint, Owner())
+    def _pods(self) -> dict[str, dict[str, Any]]:
+        """Return the counts of pods by name; pods that have gone have no series.
+
+        Number 0 has those for whom there was no row.
+        """
+        found = self._reader.pods()
+        named = {str(self.pods[n]): one for n, one in found.items() if n in self.pods}
+        if 0 in found and found[0]["queries"] + found[0]["refused"]:
+            named["other"] = found[0]
+        return named
+
+    def flows(self) -> dict[tuple[str, ...], int]:
+        """Return DNS as flows of layer 7: hubble_flows_processed's labels and counts."""
+        counts: Counter[tuple[str, ...]] = Counter()
+        kind = ("DNS", "L7", "DNS")
+        for pod, one in self._pods().items():
+            counts[pod, "", *kind, "FORWARDED"] += one["queries"]
+            counts[pod, "", *kind, "DROPPED"] += one["refused"]
+            counts["", pod, *kind, "FORWARDED"] += one["answers"]
+        return {key: count for key, count in counts.items() if count}
+
+    def _by_name(self) -> Iterator[Metric]:
+        rows = self._reader.names(NAMES_SERIES, QUERIES_LEAST)
+        for name, text in BY_NAME.items():
+            family = CounterMetricFamily(f"penstock_dns_name_{name}", text, labels=["query"])
+            for row in rows:
+                family.add_metric([row["name"]], row[name])
+            yield family
 
     def top(self) -> list[dict[str, Any]]:
         """Return the names that were asked for most."""
-        rows = sorted(self._reader.names(), key=lambda row: -row["queries"])[:NAMES_MOST]
+        rows = self._reader.names(NAMES_MOST)
         return [
             {
                 "name": row["name"],
@@ -91,21 +143,37 @@ class NamesCollector:
 
 
 def _hubble(pods: Mapping[str, dict[str, Any]]) -> Iterator[Metric]:
+    ends = ["source", "destination"]
     queries = CounterMetricFamily(
-        "hubble_dns_queries", "DNS queries", labels=["source", "destination", "qtypes"]
+        "hubble_dns_queries", "DNS queries", labels=[*ends, "rcode", "qtypes"]
     )
-    answers = CounterMetricFamily(
-        "hubble_dns_responses", "DNS answers", labels=["source", "destination", "rcode"]
-    )
+    answers = CounterMetricFamily("hubble_dns_responses", "DNS answers", labels=[*ends, "rcode"])
     for pod, one in pods.items():
         for name, count in one["types"].items():
-            queries.add_metric([pod, "", name], count)
+            queries.add_metric([pod, "", "", name], count)
+        if one["refused"]:
+            queries.add_metric([pod, "", DENIED, ""], one["refused"])
         for name, count in one["rcodes"].items():
-            answers.add_metric(["", pod, name], count)
+            answers.add_metric(["", pod, RCODES.get(name, name)], count)
     yield from (queries, answers)
 
 
-def _by_server(servers: list[dict[str, Any]]) -> Metric:
+def _by_server(servers: list[dict[str, Any]]) -> Iterator[Metric]:
+    for name, text in BY_SERVER.items():
+        family = CounterMetricFamily(f"penstock_dns_server_{name}", text, labels=["server"])
+        for one in servers:
+            family.add_metric([one["server"] or "other"], one[name])
+        yield family
+    family = CounterMetricFamily(
+        "penstock_dns_server_responses", "Answers of a server", labels=["server", "rcode"]
+    )
+    for one in servers:
+        for name, count in one["rcodes"].items():
+            family.add_metric([one["server"] or "other", RCODES.get(name, name)], count)
+    yield family
+
+
+def _latency(servers: list[dict[str, Any]]) -> Metric:
     family = HistogramMetricFamily(
         "penstock_dns_latency_seconds", "From query to answer", labels=["server"]
     )

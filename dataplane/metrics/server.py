@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from pathlib import Path
 from typing import TypeVar
 
 from aiohttp import web
@@ -50,12 +51,17 @@ class Sight:
         shm: Shm,
         facts: Callable[[], Awaitable[Facts]],
         owners: Callable[[], Mapping[str, Owner]] = dict,
+        rules: Path | None = None,
     ) -> None:
-        """facts: the agent as it is now; owners: whose devices are, which is cheap to know."""
+        """facts: the agent as it is now; owners: whose devices are, which is cheap to know.
+
+        rules: the book of rules (policy/rulebook.py).
+        """
         self._shm, self._facts, self._owners = shm, facts, owners
         self.problem = ""
         self.datapath, self.flows = DatapathCollector(shm), FlowCollector(shm)
         self.names = NamesCollector(shm)
+        self.flows.verdicts.rules, self.flows.messages = rules, self.names.flows
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self.datapath)
         self.registry.register(self.flows)
@@ -103,6 +109,7 @@ class Sight:
     async def _look(self) -> Facts:
         facts = await self._facts()
         self.datapath.facts, self.names.pods = facts, facts.endpoints
+        self.flows.verdicts.forget()
         return facts
 
     async def _aside(self, work: Callable[[], T]) -> T:

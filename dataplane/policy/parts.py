@@ -16,8 +16,18 @@ import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from dataplane.objects.core import PORT_MOST
 from dataplane.objects.names import NamePattern
-from dataplane.objects.policies import DIRECTIONS, EGRESS, INGRESS, Peer, Policy, Rule, Spec
+from dataplane.objects.policies import (
+    ANY_PROTOCOL,
+    DIRECTIONS,
+    EGRESS,
+    INGRESS,
+    Peer,
+    Policy,
+    Rule,
+    Spec,
+)
 from dataplane.objects.selectors import Selector
 from dataplane.policy.chains import (
     NAMES,
@@ -38,6 +48,8 @@ from dataplane.policy.selection import HOST_SELECTOR, Selection
 
 Numbers = tuple[tuple[NamedPort, tuple[int, ...]], ...]  # named ports of a subject
 POLICIES_NAMED = 50  # in what is said about a default deny
+# How a rule fits, by Cilium's numbers (pkg/monitor/api: PolicyMatchType): by its peers, its ports, its protocols.
+L3_ONLY, L3_L4, L4_ONLY, ALL, L3_PROTO, PROTO_ONLY = 1, 2, 3, 4, 5, 6
 
 
 WHOLE = 0  # what of a unit holds for a subject: all of it
@@ -171,7 +183,8 @@ class Parts:
         living = self._living.get("host")
         if living is not None:
             return living
-        about = {"kind": "Node", "direction": "ingress", "description": "own node is let in"}
+        about = {"kind": "Node", "direction": "ingress", "description": "own node is let in",
+                 "match": L3_ONLY}  # fmt: skip
         verdict = word(False, 0, False, self._book.number("own node", json.dumps(about)))
         peers = (self._selection.use(Labelled(HOST_SELECTOR)),)
         some = tuple(everything(INGRESS))
@@ -204,7 +217,7 @@ class Parts:
         number = self._book.number(
             f"{unit.key}\n{rule.section}\n{rule.index}",
             f'{{{unit.about}, "direction": "{DIRECTIONS[rule.direction]}", '
-            f'"section": "{rule.section}", "index": {rule.index}}}',
+            f'"section": "{rule.section}", "index": {rule.index}, "match": {match_type(rule)}}}',
         )
         which = (rule.ports, rule.names) if rule.names else None  # one element, several rules
         place = number, mine, answer, log, which
@@ -271,6 +284,16 @@ class Parts:
     def rules(self) -> Iterable[int]:
         """Return the numbers of all rules that live."""
         return self._rules.keys()
+
+
+def match_type(rule: Rule) -> int:
+    """Return by what a rule fits: L3_ONLY and so on."""
+    ports = rule.ports
+    if ports is None or any(port.protocol == ANY_PROTOCOL for port in ports):
+        return ALL if rule.peers is None else L3_ONLY
+    if all(not port.name and (port.first, port.last) == (0, PORT_MOST) for port in ports):
+        return PROTO_ONLY if rule.peers is None else L3_PROTO
+    return L4_ONLY if rule.peers is None else L3_L4
 
 
 def _what(peer: Peer, deny: bool) -> Any:

@@ -169,9 +169,16 @@ class NameReader:
 
     # --- counters ---------------------------------------------------------------------------------
 
-    def names(self) -> list[dict[str, Any]]:
-        """Return what is counted of each name that pods of this node have asked for."""
+    def names(self, most: int | None = None, least: int = 0) -> list[dict[str, Any]]:
+        """Return what is counted of each name that pods of this node have asked for.
+
+        most: only so many, those that were asked for most, in that order; least: so often at least.
+        """
         rows = np.flatnonzero(self.shm.name_index)
+        if most is not None or least:
+            asked = self.shm.names["queries"][rows] + self.shm.names["refused"][rows]
+            order = np.argsort(-asked.astype(np.int64), kind="stable")
+            rows = rows[order[asked[order] >= least][:most]]
         found = []
         for row in rows.tolist():
             one = self.shm.names[row]

@@ -1,5 +1,6 @@
 """Events as Hubble's metrics: a slow count in Python says the same, and losses are exact."""
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from dataplane.metrics.facts import Owner
 from dataplane.metrics.flows import FIELDS, PORTS_KEPT, FlowCollector, _fields, reason_name
+from dataplane.policy.rulebook import Rulebook
 from dataplane.tables.shm import Shm
+from dataplane.tables.verdicts import RULE_SHIFT
 from xdp.abi import CONST, DTYPE, REASON_TEXT, value
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,12 +72,12 @@ def test_a_connection_out_and_one_in(shm):
     )
     found = counted(one)
     pod = ("default/web", "")
-    assert found["flows_processed_total", *pod, "TCP", "Trace", "to-endpoint", "FORWARDED"] == 1
+    assert found["flows_processed_total", *pod, "TCP", "Trace", "to-overlay", "FORWARDED"] == 1
     assert found["flows_processed_total", *pod, "TCP", "PolicyVerdict", "", "FORWARDED"] == 1
-    assert found["flows_processed_total", *pod, "TCP", "Trace", "to-endpoint", "AUDIT"] == 1
+    assert found["flows_processed_total", *pod, "TCP", "Trace", "to-overlay", "AUDIT"] == 1
     incoming = ("", "default/web", "UDP", "Trace", "to-endpoint", "FORWARDED")
     assert found["flows_processed_total", *incoming] == 1
-    assert found["tcp_flags_total", *pod, "IPv4", "SYN"] == 3
+    assert found["tcp_flags_total", *pod, "IPv4", "SYN"] == 2, "of what is forwarded"
     assert found["port_distribution_total", "TCP", "443"] == 3
     assert found["port_distribution_total", "UDP", "53"] == 1
 
@@ -87,15 +90,57 @@ def test_drops_count_packets_and_have_the_names_of_the_proto(shm):
     assert found["drop_total", "default/web", "", "TCP", "POLICY_DENIED"] == 40
     assert found["drop_total", "default/web", "", "ICMPv4", "POLICY_DENIED"] == 2
     assert found["flows_to_world_total", "default/web", "", "TCP", "DROPPED"] == 40
+    other = {**drop, "reason": value("REASON_MULTICAST"), "tcp": 2}
+    tell(shm, other)
+    found = counted(one)
+    assert found["drop_total", "default/web", "", "TCP", "MULTICAST_HANDLED"] == 40
+    assert found["flows_to_world_total", "default/web", "", "TCP", "DROPPED"] == 40, "as Hubble"
+    assert not [key for key in found if key[0] == "tcp_flags_total"], "of dropped packets: none"
     assert reason_name(value("REASON_CT_INVALID")) == "CT_TRUNCATED_OR_INVALID_HEADER"
     assert reason_name(value("REASON_POLICY_DENIED_BY_RULE")) == "POLICY_DENY"
+
+
+def test_a_reply_comes_from_the_other_end(shm):
+    one = collector(shm)
+    reply = {"kind": CHANGE, "tcp": 18, "flags": CONST["EVENT_REPLY"], "target_identity": 2}
+    tell(shm, {**reply, "port": 1, "target_lo": THERE}, {**reply, "port": 2, "target_lo": HERE})
+    found = counted(one)
+    assert found["tcp_flags_total", "", "default/web", "IPv4", "SYN-ACK"] == 1
+    assert found["tcp_flags_total", "default/web", "", "IPv4", "SYN-ACK"] == 1
+    arrived = ("", "default/web", "TCP", "Trace", "to-endpoint", "FORWARDED")
+    assert found["flows_processed_total", *arrived] == 1
+
+
+def test_verdicts_of_policies(shm, tmp_path):
+    """By direction, by what the rule matches, by what it decides; never about the node's own."""
+    book = Rulebook(tmp_path / "rules.db")
+    allow = book.number("a", json.dumps({"kind": "x", "direction": "egress", "match": 2}))
+    rest = book.number("b", json.dumps({"kind": "x", "direction": "ingress", "policies": []}))
+    book.flush()
+    one = collector(shm)
+    one.verdicts.rules = tmp_path / "rules.db"
+    passed, refused = allow << RULE_SHIFT | 1, rest << RULE_SHIFT
+    new = {"kind": NEW, "port": 1, "target_lo": THERE, "ingress_rule": 1, "egress_rule": passed}
+    drop = {"kind": DROP, "port": 2, "target_lo": HERE, "reason": DENIED, "egress_rule": refused,
+            "packets": 3}  # fmt: skip
+    audited = {**new, "flags": CONST["CONNECTION_FLAG_AUDITED"]}
+    tell(shm, new, new, drop, audited, {**drop, "reason": value("REASON_MULTICAST")})
+    tell(shm, {**drop, "source_identity": value("IDENTITY_HOST")}, {**new, "egress_rule": 1})
+    found = counted(one)
+    verdicts = {key[1:]: n for key, n in found.items() if key[0] == "policy_verdicts_total"}
+    assert verdicts == {
+        ("default/web", "", "egress", "l3-l4", "forwarded"): 2,
+        ("default/web", "", "egress", "l3-l4", "audit"): 1,
+        ("", "default/web", "ingress", "none", "dropped"): 3,
+    }
+    book.close()
 
 
 def test_what_is_overrun_is_lost_and_counted(shm):
     one = collector(shm)
     shm.event_rings[0]["head"] = CONST["EVENTS_MAX"] + 1000
     found = counted(one)
-    lost = found["lost_events_total", "PERF_EVENT_RING_BUFFER"]
+    lost = found["lost_events_total", "perf_event_ring_buffer"]
     seen = sum(n for (name, *_), n in found.items() if name == "flows_processed_total")
     assert lost >= 1000
     assert lost + seen == CONST["EVENTS_MAX"] + 1000
@@ -119,6 +164,7 @@ EVENTS = st.fixed_dictionaries(
         "packets": st.integers(0, 5),
         "reason": st.sampled_from([DENIED, 134]),
         "tcp": st.integers(0, 31),
+        "flags": st.sampled_from([0, CONST["EVENT_REPLY"]]),
     }
 )
 NAMES = {1: "ICMPv4", 6: "TCP", 17: "UDP"}
@@ -132,14 +178,17 @@ def test_it_counts_as_a_slow_one_does(events, tmp_path_factory):
     tell(shm, *events)
     wanted = Counter()
     for event in events:
-        ends = ("default/web", "") if event["port"] == 1 else ("", "")
-        if event["port"] != 1 and event["target_lo"] == HERE:
-            ends = ("", "default/web")
+        ends = [event["port"] == 1, event["target_lo"] == HERE]
+        if event["kind"] == CHANGE and event["flags"]:
+            ends.reverse()
+        arrives = ends[1]
+        ends = (("default/web" if ends[0] else ""), ("default/web" if ends == [0, 1] else ""))
         protocol = NAMES.get(event["protocol"], "Unknown")
         if event["kind"] == DROP:
             wanted[(*ends, protocol, "Drop", "", "DROPPED")] += event["packets"]
         else:
-            wanted[(*ends, protocol, "Trace", "to-endpoint", "FORWARDED")] += 1
+            point = "to-endpoint" if arrives else "to-overlay"
+            wanted[(*ends, protocol, "Trace", point, "FORWARDED")] += 1
     found = counted(one)
     flows = {key[1:]: n for key, n in found.items() if key[0] == "flows_processed_total"}
     assert +Counter(flows) == +wanted

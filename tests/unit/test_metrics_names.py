@@ -46,9 +46,11 @@ def samples(collector):
 
 def test_lanes_are_added_up_under_hubbles_names(collector):
     found = samples(collector)
-    query = (("destination", ""), ("qtypes", "A"), ("source", WEB))
+    query = (("destination", ""), ("qtypes", "A"), ("rcode", ""), ("source", WEB))
     assert found["hubble_dns_queries_total", *query] == 7
-    answer = (("destination", WEB), ("rcode", "NXDOMAIN"), ("source", ""))
+    refused = (("destination", ""), ("qtypes", ""), ("rcode", "Policy denied"), ("source", WEB))
+    assert found["hubble_dns_queries_total", *refused] == 2
+    answer = (("destination", WEB), ("rcode", "Non-Existent Domain"), ("source", ""))
     assert found["hubble_dns_responses_total", *answer] == 4
     assert found["penstock_dns_refused_total", *POD] == 2
     assert found["penstock_names_total", ("what", "learned")] == 6
@@ -72,6 +74,43 @@ def test_latency_is_a_histogram_by_server(collector):
     assert found["penstock_dns_pod_latency_seconds", *median] == pytest.approx(ENDS[10] / 1e9)
 
 
-def test_a_pod_that_has_gone_has_no_name_and_no_error(collector):
+def test_a_pod_that_has_gone_has_no_series(collector):
+    """Several would share one name, and a counter of pods that come and go is none."""
     collector.pods = {}
-    assert samples(collector)["penstock_dns_refused_total", ("source", "")] == 2
+    assert not [key for key in samples(collector) if key[0].startswith("hubble_dns")]
+    assert not [key for key in samples(collector) if ("source", "") in key]
+    assert not collector.flows()
+
+
+def test_messages_are_flows_of_layer_7(collector):
+    assert collector.flows() == {
+        (WEB, "", "DNS", "L7", "DNS", "FORWARDED"): 7,
+        (WEB, "", "DNS", "L7", "DNS", "DROPPED"): 2,
+        ("", WEB, "DNS", "L7", "DNS", "FORWARDED"): 4,
+    }
+
+
+def test_servers_and_the_names_that_are_asked_for_most(collector, monkeypatch):
+    shm = collector._reader.shm
+    shm.dns_servers[0, 0]["queries"], shm.dns_servers[0, 0]["missing"] = 9, 3
+    shm.dns_servers[0, 0]["rcodes"][2] = 5
+    for row, (queries, refused) in enumerate([(30, 0), (5, 20), (9, 0), (40, 1)]):
+        name = shm.names[row]
+        text = bytes([1, ord("a") + row, 0])
+        name["text"][: len(text)] = list(text)
+        name["length"], name["queries"], name["refused"] = len(text), queries, refused
+        shm.name_index[row] = row + 1
+    found = samples(collector)
+    server = ("server", "10.0.0.53")
+    assert found["penstock_dns_server_missing_total", server] == 3
+    failed = (("rcode", "Server Failure"), server)
+    assert found["penstock_dns_server_responses_total", *failed] == 5
+    asked = {
+        dict(labels)["query"]: n
+        for (name, *labels), n in found.items()
+        if name == "penstock_dns_name_queries_total"
+    }
+    assert asked == {"d.": 40, "a.": 30, "b.": 5}, "c. was asked for too seldom"
+    monkeypatch.setattr("dataplane.metrics.names.NAMES_SERIES", 1)
+    asked = [key for key in samples(collector) if key[0] == "penstock_dns_name_refused_total"]
+    assert asked == [("penstock_dns_name_refused_total", ("query", "d."))]

@@ -165,6 +165,7 @@ def test_verdicts_know_answer_log_and_rule(world):
         "direction": "ingress",
         "section": "ingressDeny",
         "index": 0,
+        "match": 1,
         "description": "why not",
         "log": "seen",
     }

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataplane.objects.core import Namespace, Pod
-from dataplane.objects.policies import PortMatch
+from dataplane.objects.policies import ANY_PROTOCOL, INGRESS, PortMatch, Rule
 from dataplane.objects.selectors import ABSENT, EXISTS, IN, NOT_IN, Requirement, selector
-from dataplane.policy import rulebook
+from dataplane.policy import parts, rulebook
 from dataplane.policy.chains import ALLOW, DENY, LOG, chain, codes, prefixes
 from dataplane.policy.labels import hashed, namespace_labels, pod_labels, relevant
 from dataplane.policy.match import LabelIndex, SelectorIndex, certain, holds, possible
@@ -251,3 +251,21 @@ def test_numbers_come_to_an_end(tmp_path, monkeypatch):
     book.number("a", "{}"), book.number("b", "{}")
     with pytest.raises(OverflowError, match="2 rules have numbers"):
         book.number("c", "{}")
+
+
+@pytest.mark.parametrize(
+    ("peers", "ports", "cilium"),
+    [
+        (None, None, "ALL"),
+        ((), None, "L3_ONLY"),
+        ((), (PortMatch(6, 80, 80),), "L3_L4"),
+        (None, (PortMatch(6, 80, 80),), "L4_ONLY"),
+        (None, (PortMatch(6, name="http"),), "L4_ONLY"),
+        ((), (PortMatch(6),), "L3_PROTO"),
+        (None, (PortMatch(17), PortMatch(6)), "PROTO_ONLY"),
+        ((), (PortMatch(ANY_PROTOCOL),), "L3_ONLY"),
+    ],
+)
+def test_by_what_a_rule_fits_in_ciliums_numbers(peers, ports, cilium):
+    rule = Rule(INGRESS, "ingress", 0, False, peers, ports)
+    assert parts.match_type(rule) == getattr(parts, cilium)
