@@ -141,15 +141,18 @@ def asked(
 
 
 def _reasons(verdict: str, reasons: tuple[str, ...]) -> list[int] | None:
+    from dataplane.observe.protocol import enum
     from xdp.abi import REASON_TEXT
 
     if not reasons:
         wanted = {"any": None, "dropped": range(130, 256), "forwarded": range(130)}[verdict]
         return None if wanted is None else list(wanted)
     by_text = {text.lower(): number for number, text in REASON_TEXT.items()}
+    by_name = {name: number for name, number in enum("flow.DropReason").items() if number}
     found = []
     for text in reasons:
-        number = int(text) if text.isdigit() else by_text.get(text.lower(), -1)
+        named = by_text.get(text.lower(), by_name.get(text.upper(), -1))
+        number = int(text) if text.isdigit() else named
         if not 0 <= number < 256:
             known = ", ".join(sorted(by_text))
             raise click.BadParameter(

@@ -7,6 +7,7 @@ that speaks it (--server). `--not` is about the flag behind it, so it is made a 
 name before click reads them.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +18,14 @@ import click
 from dataplane.cli.common import config_option
 
 LAST = 20
-SHORT = {"-t": "type"}
-TIMES = click.Choice(["StampMilli", "RFC3339", "RFC3339Milli", "RFC3339Micro"])
+SHORT = {"-t": "type", "-n": "namespace", "-l": "label", "-A": "all-namespaces", "-4": "ipv4",
+         "-6": "ipv6"}  # fmt: skip
+RARE = ("http-", "trace-id", "ip-trace-id", "cel-expression", "encrypted", "unencrypted")
+TIMES = click.Choice(
+    ["StampMilli", "YearMonthDay", "YearMonthDayHour", "YearMonthDayHourMinute", "RFC3339",
+     "RFC3339Milli", "RFC3339Micro", "RFC3339Nano", "RFC1123Z"]
+)  # fmt: skip
+FORMS = ("compact", "dict", "json", "jsonpb", "table", "tab", "JSON")
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
@@ -29,6 +36,8 @@ class NotCommand(click.Command):
         made: list[str] = []
         turned = False
         for word in args:
+            if word == "--not" and turned:
+                raise click.UsageError("--not --not: a flag must follow each")
             if word == "--not":
                 turned = True
             elif turned:
@@ -43,16 +52,15 @@ class NotCommand(click.Command):
 
 
 def _filter_options(function: Callable) -> Callable:
-    from dataplane.observe.flags import FLAGS
+    from dataplane.observe.flags import FLAGS, SWITCHES
 
     for flag in reversed(FLAGS):
-        if flag == "ip-version":
-            continue
         short = [short for short, name in SHORT.items() if name == flag]
         for twin in ("", "not-"):
+            kind: dict[str, Any] = {"is_flag": True} if flag in SWITCHES else {"multiple": True}
             function = click.option(
                 f"--{twin}{flag}", f"{twin}{flag}".replace("-", "_"), *([] if twin else short),
-                multiple=True, hidden=bool(twin) or flag.startswith("http"),
+                hidden=bool(twin) or flag.startswith(RARE), **kind,
             )(function)  # fmt: skip
     return function
 
@@ -64,21 +72,30 @@ def _filter_options(function: Callable) -> Callable:
 @click.option("-f", "--follow", is_flag=True, help="Then what comes.")
 @click.option("--since", help="Ago (5m), or a time (RFC 3339).")
 @click.option("--until", help="As --since.")
-@click.option("-4", "--ipv4", "four", is_flag=True, help="Only IPv4.")
-@click.option("-6", "--ipv6", "six", is_flag=True, help="Only IPv6.")
 @_filter_options
-@click.option("-o", "--output", default="compact", show_default=True,
-              type=click.Choice(["compact", "dict", "json", "jsonpb", "table"]))  # fmt: skip
+@click.option("--allowlist", multiple=True, help="flow.FlowFilters in JSON: any of these.")
+@click.option("--denylist", multiple=True, help="And none of these.")
+@click.option("-o", "--output", default="compact", show_default=True, metavar="[compact|dict|json|"
+              "jsonpb|table]", type=click.Choice(FORMS))  # fmt: skip
 @click.option("--time-format", default="StampMilli", show_default=True, type=TIMES)
 @click.option("--print-node-name", is_flag=True, help="Show the node.")
 @click.option("--print-policy-names", is_flag=True, help="Show which policies decided.")
 @click.option("--ip-translation/--no-ip-translation", default=True, help="Names for addresses.")
-@click.option("--field-mask", help="Only these members of flow.Flow, separated by commas.")
+@click.option("--numeric", is_flag=True, help="As --no-ip-translation.")
+@click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto",
+              show_default=True)  # fmt: skip
+@click.option("--field-mask", multiple=True, help="Only these members of flow.Flow (JSON only).")
 @click.option("--print-raw-filters", is_flag=True, help="Show the filters and end.")
-@click.option("--input", "--input-file", "input_path", type=click.Path(path_type=Path),
-              help="Recorded flows: a Parquet file or a folder of them.")  # fmt: skip
+@click.option(
+    "--input",
+    "--input-file",
+    "input_path",
+    type=click.Path(path_type=Path),
+    help="Recorded flows: a Parquet file or a folder of them; lines of JSON, -: stdin.",
+)
 @click.option("--server", help="host:port or unix:///PATH instead of this node's observer.")
-@click.option("--tls-ca-cert-file", type=FILE, help="The server has TLS, with this authority.")
+@click.option("--tls-ca-cert-file", "--tls-ca-cert-files", "tls_ca_cert_file", type=FILE,
+              help="The server has TLS, with this authority.")  # fmt: skip
 @click.option("--tls-client-cert-file", type=FILE, help="And wants this certificate,")
 @click.option("--tls-client-key-file", type=FILE, help="with this key.")
 @click.option("--tls-server-name", help="Name in the server's certificate.")
@@ -103,11 +120,13 @@ def observe(config: Any, path: Path | None, **options: Any) -> None:
     except FilterError as error:
         raise click.UsageError(str(error)) from error
     printer = Printer(
-        options["output"], options["time_format"], options["print_node_name"],
-        options["ip_translation"], options["print_policy_names"],
+        {"tab": "table", "JSON": "json"}.get(options["output"], options["output"]),
+        options["time_format"], options["print_node_name"],
+        options["ip_translation"] and not options["numeric"], options["print_policy_names"],
+        _colored(options["color"]),
     )  # fmt: skip
     if options["print_raw_filters"]:
-        click.echo(str(request))
+        _print_filters(request)
         return
     try:
         if options["ask_status"]:
@@ -119,25 +138,60 @@ def observe(config: Any, path: Path | None, **options: Any) -> None:
             else _answers(_channel(config, options), request)
         )
         for line in printer.lines(answers):
-            click.echo(line)
+            click.echo(line, color=True)
     except KeyboardInterrupt:
         sys.exit(0)
 
 
+def _colored(choice: str) -> bool:
+    """Whether lines are colored: on a terminal, unless NO_COLOR (no-color.org) is set."""
+    return choice == "always" or (
+        choice == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    )
+
+
+def _exclusive(options: dict[str, Any]) -> None:
+    """Refuse what excludes each other."""
+    last = options["last"] is not None
+    table = options["output"] in ("table", "tab")
+    masked = options["field_mask"] and options["output"] not in ("json", "jsonpb", "JSON")
+    for wrong, text in (
+        (options["first"] and last, "--first and --last exclude each other"),
+        (options["first"] and options["everything"], "--first and --all exclude each other"),
+        (options["first"] and options["follow"], "--first and --follow exclude each other"),
+        (last and options["everything"], "--last and --all exclude each other"),
+        (table and options["follow"], "-o table and --follow exclude each other: it comes whole"),
+        (masked, "--field-mask leaves out what lines show: take it with -o json"),
+    ):
+        if wrong:
+            raise click.UsageError(text)
+
+
+def _text(options: dict[str, Any]) -> bool:
+    """Whether flows come from lines of JSON: then all are shown."""
+    from dataplane.observe import lines
+
+    path = options["input_path"]
+    return path is not None and (str(path) == "-" or lines.is_text(path))
+
+
 def _request(options: dict[str, Any]) -> Any:
-    from dataplane.observe.flags import FLAGS, filters, moment
+    from dataplane.observe.flags import FLAGS, SWITCHES, filters, raw
+    from dataplane.observe.moments import moment
     from dataplane.observe.protocol import message
 
-    chosen: dict[str, Sequence[str]] = {
-        flag: options.get(flag.replace("-", "_"), ()) for flag in FLAGS
-    }
-    chosen["ip-version"] = ["4"] * options["four"] + ["6"] * options["six"]
-    turned = {flag: options.get(f"not_{flag}".replace("-", "_"), ()) for flag in FLAGS}
+    def given(prefix: str) -> dict[str, Sequence[str]]:
+        values = {flag: options[f"{prefix}{flag}".replace("-", "_")] for flag in FLAGS}
+        return {
+            flag: [flag] * value if flag in SWITCHES else value for flag, value in values.items()
+        }
+
+    _exclusive(options)
     request = message("observer.GetFlowsRequest")(follow=options["follow"])
-    request.whitelist.extend(filters(chosen))
-    request.blacklist.extend(filters(turned))
+    request.whitelist.extend(filters(given("")) + raw(options["allowlist"]))
+    request.blacklist.extend(filters(given("not-")) + raw(options["denylist"]))
     for name in ("since", "until"):
-        if options[name]:
+        if options[name] and not (name == "until" and options["follow"]):
             getattr(request, name).FromDatetime(moment(options[name]))
     if options["first"]:
         request.number, request.first = options["first"], True
@@ -145,19 +199,43 @@ def _request(options: dict[str, Any]) -> Any:
         request.number = (1 << 63) - 1
     elif options["last"] is not None:
         request.number = options["last"]
-    elif not (options["follow"] or options["since"] or options["until"]):
+    elif not (options["follow"] or options["since"] or options["until"] or _text(options)):
         request.number = LAST
-    if options["field_mask"]:
-        request.field_mask.paths.extend(options["field_mask"].split(","))
+    for paths in options["field_mask"]:
+        request.field_mask.paths.extend(paths.split(","))
     return request
 
 
-def _recorded(path: Path, request: Any) -> Iterator[Any]:
-    from dataplane.observe.past import answers
+def _print_filters(request: Any) -> None:
+    """Print filters as --allowlist and --denylist take them."""
+    import yaml
+    from google.protobuf import json_format
 
+    lists = {"allowlist": request.whitelist, "denylist": request.blacklist}
+    shown = {
+        name: [
+            json_format.MessageToJson(one, preserving_proto_field_name=True, indent=None)
+            for one in some
+        ]
+        for name, some in lists.items()
+        if some
+    }
+    click.echo(yaml.safe_dump(shown, width=1 << 16) if shown else "{}", nl=not shown)
+
+
+def _recorded(path: Path, request: Any) -> Iterator[Any]:
+    from dataplane.observe import lines, past
+
+    if str(path) == "-":
+        yield from lines.answers(sys.stdin, request)
+        return
     if request.follow:
         raise click.UsageError("--follow and --input exclude each other: a file does not grow")
-    yield from answers(path, request)
+    if _text({"input_path": path}):
+        with path.open() as file:
+            yield from lines.answers(file, request)
+    else:
+        yield from past.answers(path, request)
 
 
 def _channel(config: Any, options: dict[str, Any]) -> Any:

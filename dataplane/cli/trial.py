@@ -44,8 +44,8 @@ def try_(
 
     Example: penstock policy try allow-web.yaml --since 1h
     """
-    from dataplane.observe.flags import moment
     from dataplane.observe.history import FOLDER, files, overlapping
+    from dataplane.observe.moments import moment
 
     if file is None and not without:
         raise click.UsageError("nothing to try: give FILE, or --without NAMESPACE/NAME")
@@ -84,9 +84,15 @@ def _proposed(objects: Any, file: Path | None, without: tuple[str, ...]) -> Any:
             raise ValueError(f"--without {name}: no such policy among the manifests")
         for key in keys:
             del policies[key]
-    documents = yaml.safe_load_all(file.read_text()) if file else ()
-    for document in documents:
-        for manifest in _items(document):
+    if file is not None:
+        try:
+            documents = list(yaml.safe_load_all(file.read_text()))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+        manifests = [one for document in documents for one in _items(document)]
+        if not manifests:
+            raise ValueError(f"{file} has no policy in it: nothing to try")
+        for manifest in manifests:
             where, key, policy = interpret(manifest)
             if where != "policies":
                 raise ValueError(

@@ -219,7 +219,7 @@ def _ends(
 
 
 def _turned(rows: np.ndarray) -> np.ndarray:
-    """Whether records have the direction of their connection, and their packet the other. bool[n]"""
+    """Whether the packet went against the direction that the record has: bool[n]."""
     return (rows["kind"] == CHANGE) & (rows["flags"] & REPLY != 0)
 
 

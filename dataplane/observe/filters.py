@@ -137,7 +137,7 @@ class Filter:
         return lambda flows: np.isin(getattr(flows, f"{side}_identity"), wanted)
 
     def _of_pod(self, side: str, value: Sequence[str]) -> Test:
-        fits = _named(value)
+        fits = named(value)
         return self._ends(side, lambda end: fits(end.namespace, end.name))
 
     def _of_workload(self, side: str, value: Sequence[Any]) -> Test:
@@ -155,7 +155,7 @@ class Filter:
         return self._ends(side, lambda end: wanted)
 
     def _of_service(self, side: str, value: Sequence[str]) -> Test:
-        fits, book = _named(value), self._book
+        fits, book = named(value), self._book
 
         def test(flows: Columns) -> np.ndarray:
             turned = views.is_reply(flows) == 1
@@ -184,7 +184,7 @@ class Filter:
         return test
 
     def _of_fqdn(self, side: str, value: Sequence[str]) -> Test:
-        pattern, book = _fqdn(value), self._book
+        pattern, book = fqdn_pattern(value), self._book
 
         def test(flows: Columns) -> np.ndarray:
             family, hi, lo = (
@@ -297,7 +297,7 @@ class Filter:
         return test
 
     def _node_name(self, value: Sequence[str]) -> Test:
-        good = any(_node(text).fullmatch(f"{CLUSTER}/{self._node}") for text in value)
+        good = any(node_pattern(text).fullmatch(f"{CLUSTER}/{self._node}") for text in value)
         return lambda flows: np.full(flows.count, good)
 
     def _node_labels(self, value: Sequence[str]) -> Test:
@@ -379,7 +379,7 @@ def _addresses(side: str, value: Sequence[str]) -> Test:
     return test
 
 
-def _named(value: Sequence[str]) -> Callable[[str, str], bool]:
+def named(value: Sequence[str]) -> Callable[[str, str], bool]:
     """Return a test of (namespace, name) by "name", "namespace/prefix", "namespace/"."""
     wanted = []
     for text in value:
@@ -407,11 +407,11 @@ def _pattern(text: str) -> str:
     return re.escape(bare).replace(r"\*", "[-.0-9a-z]*")
 
 
-def _fqdn(value: Sequence[str]) -> re.Pattern[str]:
+def fqdn_pattern(value: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{_pattern(text)})" for text in value))
 
 
-def _node(text: str) -> re.Pattern[str]:
+def node_pattern(text: str) -> re.Pattern[str]:
     """Return the expression of [cluster/]node."""
     cluster, _, node = text.rpartition("/")
     if not text or "/" in cluster:

@@ -7,13 +7,13 @@ its arrow, too; a direction that is not known is `<>`. json and jsonpb are the s
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
 from google.protobuf import json_format
 
-from dataplane.observe import views
+from dataplane.observe import moments, views
 from dataplane.observe.protocol import enum, names, pool
 from dataplane.tables.verdicts import RESERVED
 from xdp.abi import reason_text
@@ -21,12 +21,10 @@ from xdp.abi import reason_text
 FORMS = ("compact", "dict", "json", "jsonpb", "table")
 _WORDS = ("SOURCE", "DESTINATION", "TYPE", "VERDICT", "SUMMARY")
 _MATCHES = {1: "L3-Only", 2: "L3-L4", 3: "L4-Only", 4: "all", 5: "L3-Proto", 6: "Proto-Only"}
-TIME_FORMATS: dict[str, Callable[[datetime], str]] = {
-    "StampMilli": lambda at: f"{at:%b} {at.day:2} {at:%H:%M:%S}.{at.microsecond // 1000:03}",
-    "RFC3339": lambda at: at.isoformat(timespec="seconds").replace("+00:00", "Z"),
-    "RFC3339Milli": lambda at: at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-    "RFC3339Micro": lambda at: at.isoformat(timespec="microseconds").replace("+00:00", "Z"),
-}
+_COLORS = {"host": 36, "port": 33, "identity": 35, "FORWARDED": 32, "ALLOWED": 32, "DROPPED": 31,
+           "DENIED": 31, "ERROR": 31, "AUDIT": 33, "AUDITED": 33, "TRACED": 33,
+           "TRANSLATED": 33}  # fmt: skip
+"""SGR parameters (ECMA-48), as Hubble chooses them."""
 
 
 class Printer:
@@ -39,11 +37,12 @@ class Printer:
         node: bool = False,
         translate: bool = True,
         policies: bool = False,
+        color: bool = False,
     ) -> None:
         """node: show its name; translate: names instead of addresses; policies: their names."""
         self._form, self._node, self._translate = form, node, translate
-        self._policies = policies
-        self._time = TIME_FORMATS[time_format]
+        self._policies, self._color = policies, color and form in ("compact", "dict")
+        self._time = moments.FORMATS[time_format]
 
     def lines(self, answers: Iterable[Any]) -> Iterator[str]:
         """Yield lines; a table comes whole at the end."""
@@ -72,7 +71,10 @@ class Printer:
 
     def _when(self, stamp: Any) -> str:
         at = datetime.fromtimestamp(stamp.seconds).astimezone()
-        return self._time(at.replace(microsecond=stamp.nanos // 1000))
+        return self._time(at.replace(microsecond=stamp.nanos // 1000), stamp.nanos)
+
+    def _paint(self, what: str, text: str) -> str:
+        return f"\x1b[{_COLORS[what]}m{text}\x1b[0m" if self._color and what in _COLORS else text
 
     def _line(self, answer: Any) -> str:
         if answer.HasField("lost_events"):
@@ -80,7 +82,10 @@ class Printer:
         flow = answer.flow
         when, node, source, target, kind, verdict, summary = self._cells(answer)
         known = flow.HasField("is_reply")
-        ends = [f"{source} {identity(flow.source)}", f"{target} {identity(flow.destination)}"]
+        ends = [
+            f"{name} {self._paint('identity', identity(end))}"
+            for name, end in ((source, flow.source), (target, flow.destination))
+        ]
         arrow = "->" if known else "<>"
         if known and flow.is_reply.value:
             ends.reverse()
@@ -102,13 +107,13 @@ class Printer:
             yield f"{'POLICIES':>11}: {text.strip()}"
 
     def _cells(self, answer: Any) -> list[str]:
-        flow = answer.flow
+        flow, said = answer.flow, verdict(answer.flow)
         return [
             self._when(answer.time),
             answer.node_name,
             *self._ends(flow),
             flow_type(flow),
-            verdict(flow),
+            self._paint(said, said),
             flow.Summary,
         ]
 
@@ -134,7 +139,8 @@ class Printer:
                 host = f"{service.namespace}/{service.name}"
             elif known:
                 host = ",".join(known)
-        return f"{host}:{port}" if port else host
+        host = self._paint("host", host)
+        return f"{host}:{self._paint('port', str(port))}" if port else host
 
     @staticmethod
     def _named(flow: Any) -> str:
@@ -186,10 +192,9 @@ def flow_type(flow: Any) -> str:
 def verdict(flow: Any) -> str:
     """Return a flow's verdict; of a policy: ALLOWED, DENIED, AUDITED."""
     name = names("flow.Verdict").get(flow.verdict, str(flow.verdict))
-    if name == "AUDIT":
-        return "AUDITED"
     if flow.event_type.type == views.TYPE_VERDICT:
-        return {"FORWARDED": "ALLOWED", "DROPPED": "DENIED"}.get(name, name)
+        words = {"FORWARDED": "ALLOWED", "DROPPED": "DENIED", "AUDIT": "AUDITED"}
+        return words.get(name, name)
     return name
 
 

@@ -48,7 +48,7 @@ from dataplane.policy.selection import HOST_SELECTOR, Selection
 
 Numbers = tuple[tuple[NamedPort, tuple[int, ...]], ...]  # named ports of a subject
 POLICIES_NAMED = 50  # in what is said about a default deny
-# How a rule fits, by Cilium's numbers (pkg/monitor/api: PolicyMatchType): by its peers, its ports, its protocols.
+# By what a rule fits, as Cilium numbers it (pkg/monitor/api: PolicyMatchType).
 L3_ONLY, L3_L4, L4_ONLY, ALL, L3_PROTO, PROTO_ONLY = 1, 2, 3, 4, 5, 6
 
 

@@ -72,6 +72,8 @@ def test_wireshark_gets_no_interfaces_without_a_daemon_and_no_complaint(config):
 
 def test_reasons_by_number_text_and_verdict():
     assert _reasons("any", ()) is None
-    assert _reasons("any", ("133", "ttl exceeded")) == [133, value("REASON_TTL_EXCEEDED")]
+    assert _reasons("any", ("133", "ttl exceeded", "POLICY_DENIED")) == [
+        133, value("REASON_TTL_EXCEEDED"), 133,
+    ]  # fmt: skip
     assert min(_reasons("dropped", ())) == 130
     assert 133 not in _reasons("forwarded", ())

@@ -2,18 +2,19 @@
 
 import json
 import time
-from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from google.protobuf import json_format
 
 from dataplane.cli.main import main
-from dataplane.observe import flags, history, selectors
+from dataplane.observe import history, selectors
+from dataplane.observe import lines as text
 from dataplane.observe.columns import FIELDS, NOBODY, Columns, joined
 from dataplane.observe.directory import Directory, End
-from dataplane.observe.filters import Filter, FilterError
+from dataplane.observe.filters import Filter
 from dataplane.observe.history import History, HistoryError, Origin, Past, PastBook
 from dataplane.observe.past import answers
 from dataplane.observe.printer import Printer
@@ -204,71 +205,6 @@ def test_the_last_that_fit_are_found_over_chunks():
 # --- flags ----------------------------------------------------------------------------------------
 
 
-def shown(*words: str) -> str:
-    found = CliRunner().invoke(main, ["observe", "--print-raw-filters", *words])
-    assert found.exit_code == 0, found.output
-    return " ".join(found.stdout.split())
-
-
-def test_flags_about_either_end_are_two_filters():
-    assert shown("--pod", "shop/web", "--verdict", "DROPPED") == (
-        'number: 20 whitelist { source_pod: "shop/web" verdict: DROPPED } '
-        'whitelist { destination_pod: "shop/web" verdict: DROPPED }'
-    )
-    one_end = shown("--from-pod", "shop/web", "--to-port", "80", "--last", "5")
-    assert one_end == ('number: 5 whitelist { source_pod: "shop/web" destination_port: "80" }')
-    assert 'source_pod: "shop/web"' in shown("--namespace", "shop", "--pod", "web")
-    assert 'source_pod: "shop/"' in shown("--namespace", "shop")
-
-
-def test_not_is_about_the_flag_behind_it():
-    text = shown("--not", "--protocol", "udp", "--protocol", "tcp", "--not", "-t", "drop")
-    assert 'blacklist { event_type { type: 1 } protocol: "udp" }' in text
-    assert 'whitelist { protocol: "tcp" }' in text
-
-
-def test_how_many_by_default():
-    assert shown() == "number: 20"
-    assert shown("-f") == "follow: true"
-    assert "number" not in shown("--since", "5m")
-    assert shown("--first", "3") == "number: 3 first: true"
-    assert shown("--all").startswith("number: 9223372036854775807")
-    assert shown("-6") == "number: 20 whitelist { ip_version: IPv6 }"
-    assert shown("--type", "trace:to-endpoint").endswith("{ event_type { type: 4 match_sub_type: "
-                                                         "true } }")  # fmt: skip
-    assert "source_identity: 2" in shown("--identity", "world")
-    assert "tcp_flags { SYN: true ACK: true }" in shown("--tcp-flags", "SYN,ACK")
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (("--verdict", "NO"), "FORWARDED"),
-        (("--drop-reason-desc", "NO"), "POLICY_DENIED"),
-        (("--identity", "nobody"), "world"),
-        (("--type", "what"), "policy-verdict"),
-        (("--type", "drop:what"), "sub-type"),
-        (("--ip", "10.0"), "10.0"),
-        (("--since", "tomorrow"), "tomorrow"),
-        (("--tcp-flags", "SIN"), "SYN"),
-        (("--not",), "a flag must follow"),
-    ],
-)
-def test_values_that_cannot_be_say_what_can(words, named):
-    found = CliRunner().invoke(main, ["observe", *words])
-    assert found.exit_code == 2
-    assert named in found.output
-
-
-def test_moments():
-    now = datetime(2026, 11, 25, 12, tzinfo=UTC)
-    assert flags.moment("1h30m", now) == now - timedelta(minutes=90)
-    assert flags.moment("250ms", now) == now - timedelta(milliseconds=250)
-    assert flags.moment("2026-11-25T10:00:00Z") == datetime(2026, 11, 25, 10, tzinfo=UTC)
-    with pytest.raises(FilterError):
-        flags.moment("5 minutes ago")
-
-
 @pytest.mark.parametrize(
     ("text", "labels", "fits"),
     [
@@ -321,6 +257,75 @@ def test_compact_lines(folder):
         "(TCP Flags: SYN; 4 packets) EGRESS DENIED BY NetworkPolicy shop/db"
     )
     assert "to-overlay FORWARDED (UDP; ended after 0.0 s, 1 packets 0 bytes there" in end
+
+
+def test_colors_are_for_terminals(folder):
+    (line,) = lines(folder, "compact", ROWS[2], color=True)
+    assert "\x1b[31mDROPPED\x1b[0m" in line
+    assert "\x1b[" not in lines(folder, "json", ROWS[2], color=True)[0]
+
+
+FILTERS: list[dict] = [
+    {"source_pod": ["shop/we"]},
+    {"destination_pod": ["shop/", "ops/x"]},
+    {"source_ip": ["10.1.0.0/24"]},
+    {"destination_ip": ["10.1.1.2", "::1"]},
+    {"source_label": ["app=web"]},
+    {"destination_label": ["!app"]},
+    {"source_identity": [70001]},
+    {"destination_port": ["80"]},
+    {"destination_service": ["shop/data"]},
+    {"source_service": ["shop/data"]},
+    {"verdict": ["DROPPED"]},
+    {"drop_reason_desc": ["POLICY_DENIED"]},
+    {"protocol": ["TCP"]},
+    {"protocol": ["udp", "icmp"]},
+    {"tcp_flags": [{"SYN": True}, {"RST": True}]},
+    {"tcp_flags": [{"SYN": True, "ACK": True}]},
+    {"ip_version": ["IPv6"]},
+    {"reply": [True]},
+    {"reply": [False]},
+    {"encrypted": [False]},
+    {"node_name": ["default/n*"]},
+    {"interface": [{"name": "pst1"}]},
+    {"http_method": ["GET"]},
+    {"source_cluster_name": ["default"]},
+    {"source_pod": ["shop/web"], "verdict": ["FORWARDED"], "protocol": ["tcp"]},
+]
+
+
+@pytest.mark.parametrize("asked", FILTERS, ids=str)
+def test_lines_of_json_are_filtered_as_columns_are(folder, asked):
+    """Two ways to read the same flows: neither knows of the other."""
+    rows = (*ROWS, {"family": 6, "protocol": 58, "service": 3, "target_port": 128 << 8})
+    made = writer(folder)
+    made.add(flows(*rows))
+    made.flush()
+    printer = Printer("jsonpb")
+    saved = list(printer.lines(answers(folder, message("observer.GetFlowsRequest")())))
+    for name in ("whitelist", "blacklist"):
+        request = message("observer.GetFlowsRequest")()
+        json_format.ParseDict({name: [asked]}, request)
+        wanted = list(printer.lines(answers(folder, request)))
+        assert list(printer.lines(text.answers(saved, request))) == wanted
+
+
+def test_what_was_saved_is_read_again(folder, tmp_path):
+    saved = lines(folder, "jsonpb", *ROWS)
+    file = tmp_path / "flows.json"
+    file.write_text("\n".join(saved) + "\n")
+
+    def ask(*words: str, piped: str | None = None):
+        return CliRunner().invoke(main, ["observe", "-o", "jsonpb", *words], input=piped)
+
+    assert ask("--input-file", str(file)).stdout.splitlines() == saved
+    assert ask("--input-file", "-", piped=file.read_text()).stdout.splitlines() == saved
+    assert ask("--input", str(file), "--last", "1").stdout.splitlines() == saved[-1:]
+    assert ask("--input", str(file), "--first", "2").stdout.splitlines() == saved[:2]
+    assert not ask("--input", str(file), "--since", "1h").stdout
+    broken = ask("--input", "-", piped=f"{saved[0]}\n{{oops\n")
+    assert broken.exit_code == 1
+    assert "line 2 is no flow in JSON" in broken.stderr
 
 
 def test_other_forms(folder):

@@ -193,6 +193,12 @@ def test_what_cannot_be_tried_is_refused(site):
     assert "Pod is no policy" in ask(site, str(file), status=1).stderr
     assert "no such policy" in ask(site, "--without", "shop/none", status=1).stderr
     assert "nothing to try" in ask(site, status=2).stderr
+    file.write_text("a: [")
+    broken = ask(site, str(file), status=1).stderr
+    assert f"{file} is no YAML" in broken
+    assert broken.count("\n") == 1
+    file.write_text("# nothing\n---\n")
+    assert "has no policy in it" in ask(site, str(file), status=1).stderr
     bad = site[1] / "none"
     file.write_text(yaml.safe_dump(ALLOW_WEB))
     assert str(bad) in ask(site, str(file), "--input", str(bad), status=1).stderr
