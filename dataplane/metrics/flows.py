@@ -37,7 +37,7 @@ AUDITED, REPLY = CONST["CONNECTION_FLAG_AUDITED"], CONST["EVENT_REPLY"]
 NEW, DROP = value("EVENT_NEW"), value("EVENT_DROP")
 CHANGE, END = value("EVENT_CHANGE"), value("EVENT_END")
 DENIED = value("REASON_POLICY_DENIED")
-PORT_POD = value("PORT_POD")
+PORT_POD, TUNNEL_NONE = value("PORT_POD"), value("TUNNEL_NONE")
 HOST, REMOTE_NODE = value("IDENTITY_HOST"), value("IDENTITY_REMOTE_NODE")
 POINTS = ("to-endpoint", "to-overlay", "to-network", "to-stack")
 """Subtypes of traces, as observe/views.py tells them; numbers of the key's field `point`."""
@@ -112,7 +112,7 @@ class FlowCollector:
     def _count(self, rows: np.ndarray, hashes: np.ndarray, indices: np.ndarray) -> None:
         ends = _ends(rows, self._shm.ports["kind"], hashes, indices)
         self.verdicts.take(rows, *ends[:2], self._owner)
-        keys = _keys(rows, *ends)
+        keys = _keys(rows, *ends, int(self._shm.node[0]["tunnel_kind"]) == TUNNEL_NONE)
         distinct, inverse = np.unique(keys, return_inverse=True)
         weights = np.where(rows["kind"] == DROP, rows["packets"], 1)
         counts = np.bincount(inverse, weights, len(distinct))
@@ -224,12 +224,13 @@ def _turned(rows: np.ndarray) -> np.ndarray:
 
 
 def _keys(
-    rows: np.ndarray, source: np.ndarray, target: np.ndarray, arrives: np.ndarray
+    rows: np.ndarray, source: np.ndarray, target: np.ndarray, arrives: np.ndarray, direct: bool
 ) -> np.ndarray:
-    """One number a record, of FIELDS. source, target, arrives: as _ends."""
+    """One number a record, of FIELDS. source, target, arrives: as _ends; direct: no tunnel."""
     identity = np.where(_turned(rows), rows["source_identity"], rows["target_identity"])
     world = np.isin(identity, WORLD) | (identity >= CIDR_FIRST)
-    point = np.where(world | (identity == REMOTE_NODE), 2, np.where(identity == HOST, 3, 1))
+    outside = world | (identity == REMOTE_NODE) | direct
+    point = np.where(identity == HOST, 3, np.where(outside, 2, 1))
     point[arrives] = 0
     columns = {
         "kind": rows["kind"],

@@ -26,12 +26,14 @@ from dataplane.observe.dns import DNS, RING, Messages
 from dataplane.observe.store import Store
 from dataplane.tables.events import EventReader
 from dataplane.tables.shm import Shm
+from xdp.abi import value
 
 POLL_S = 0.02
 IDLE_S = 0.08  # and so often at least: a million flows a second fill a ring in 0.13 s
 MOST = 32768  # records of a ring at once
 LATE_NS = 5_000_000_000  # so long after a flow its pod may still be named
 LOSSES_KEPT = 1024
+TUNNEL_NONE = value("TUNNEL_NONE")
 RATE_S = 60
 
 
@@ -57,7 +59,7 @@ class Collector:
 
         A row: {"namespace", "name", "number", "node", "addresses"}; number: 0 on other nodes.
         """
-        self._names = names
+        self._names, self._shm = names, shm
         self._reader = EventReader(shm)
         self.epoch = self._reader.epoch
         self.messages = Messages(shm, time.monotonic)
@@ -106,6 +108,7 @@ class Collector:
         rows = self._names()
         if rows is not None:
             self._know(rows)
+        self.directory.direct = int(self._shm.node[0]["tunnel_kind"]) == TUNNEL_NONE
         parts, more = [], False
         batches = self._reader.read(MOST)
         offset = clock_offset_ns() if batches else 0

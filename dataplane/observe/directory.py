@@ -42,6 +42,7 @@ class Directory:
 
     def __init__(self) -> None:
         """Know nobody."""
+        self.direct = False  # other nodes' pods are reached without a tunnel
         self.ends: list[End | None] = []
         self.version = 0
         self._numbers: dict[End, int] = {}

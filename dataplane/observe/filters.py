@@ -337,7 +337,7 @@ def _any_of(some: list[Any], flows: Columns) -> np.ndarray:
 
 def _event_type(wanted: list[Any], who: Directory) -> ViewTest:
     def test(kind: np.ndarray, way: np.ndarray, flows: Columns) -> np.ndarray:
-        points = views.points(flows, who.here())
+        points = views.points(flows, who.here(), who.direct)
         below = np.where(
             kind == views.TYPE_DROP, flows.reason, np.where(kind == views.TYPE_TRACE, points, 0)
         )

@@ -141,6 +141,7 @@ def to_table(flows: Columns, origin: Origin) -> pa.Table:
         codes = pa.array(where.reshape(-1).astype(np.int32))
         arrays[name] = pa.DictionaryArray.from_arrays(codes, pa.array(texts, pa.string()))
     meanings = {"epoch": origin.epoch, "node": origin.node, "ends": ends}
+    meanings["direct"] = origin.who.direct
     meanings |= _meanings(flows, origin.book)
     return pa.table(arrays).replace_schema_metadata({MEANINGS: json.dumps(meanings)})
 
@@ -203,6 +204,7 @@ class Past:
             table = pq.read_table(path)
             said = json.loads((table.schema.metadata or {})[MEANINGS])
             self.directory, self.book = Directory(), PastBook(said)
+            self.directory.direct = bool(said.get("direct", False))
             arrays = {name: table[name].to_numpy() for name in _PLAIN}
             for name in _ENDS:
                 arrays[name] = self._ends(table[name], said["ends"])

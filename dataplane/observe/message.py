@@ -77,7 +77,8 @@ class Flows:
     def make(self, flows: Columns, shown: np.ndarray, mask: Any = None) -> Iterable[Any]:
         """Yield GetFlowsResponses. shown: number of each flow's view, int64[n]; mask: FieldMask."""
         here = self.directory.here()
-        said, points = views.views_of(flows, here).views, views.points(flows, here)
+        said = views.views_of(flows, here).views
+        points = views.points(flows, here, self.directory.direct)
         kinds, ways = (np.choose(shown, [view[n] for view in said]).tolist() for n in (1, 2))
         pieces = self._pieces(mask)
         for row, kind, way, point in zip(flows.rows(), kinds, ways, points.tolist(), strict=True):

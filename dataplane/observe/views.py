@@ -78,10 +78,13 @@ def views_of(flows: Columns, here: np.ndarray) -> Views:
     )
 
 
-def points(flows: Columns, here: np.ndarray) -> np.ndarray:
-    """Return where packets of flows go: numbers of trace points. here: as views_of."""
+def points(flows: Columns, here: np.ndarray, direct: bool) -> np.ndarray:
+    """Return where packets of flows go: numbers of trace points. here: as views_of.
+
+    direct: other nodes' pods are reached without a tunnel.
+    """
     identity = flows.target_identity
-    found = np.full(flows.count, TO_OVERLAY)
+    found = np.full(flows.count, TO_NETWORK if direct else TO_OVERLAY)
     found[np.isin(identity, WORLD) | (identity >= CIDR_FIRST)] = TO_NETWORK
     found[identity == REMOTE_NODE] = TO_NETWORK
     found[identity == HOST] = TO_STACK

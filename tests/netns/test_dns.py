@@ -175,6 +175,7 @@ def test_the_command_line_knows_what_was_asked(world):
     pods = {row["pod"]: row for row in node.ask("dns", "top", "--by", "pod")}
     assert pods["default/genai"]["refused"] > 0
     assert pods["default/genai"]["rcodes"]["NOERROR"] > 0
+    assert [name for name, row in pods.items() if row["malformed"]] == [], "nobody has sent any"
     servers = {row["server"]: row for row in node.ask("dns", "slow")["servers"]}
     assert 0 < servers[world.dns.addresses[4]]["p50_ms"] < 1000
     with pytest.raises(LabError, match="may not ask"):

@@ -33,6 +33,7 @@ def shm(tmp_path):
             row = shm.ports[index]
             row["name"], row["kind"], row["address4"] = name, value(f"PORT_{kind}"), address
             row["state"] = value("PORT_ACTIVE")
+        shm.node[0]["tunnel_kind"] = value("TUNNEL_VXLAN")
         yield shm
 
 
@@ -80,6 +81,17 @@ def test_a_connection_out_and_one_in(shm):
     assert found["tcp_flags_total", *pod, "IPv4", "SYN"] == 2, "of what is forwarded"
     assert found["port_distribution_total", "TCP", "443"] == 3
     assert found["port_distribution_total", "UDP", "53"] == 1
+
+
+def test_without_a_tunnel_packets_go_to_the_network(shm):
+    shm.node[0]["tunnel_kind"] = value("TUNNEL_NONE")
+    one = collector(shm)
+    out = {"kind": NEW, "port": 1, "target_lo": THERE}
+    tell(shm, out, {**out, "target_identity": value("IDENTITY_HOST")})
+    found = counted(one)
+    pod = ("default/web", "", "TCP", "Trace")
+    assert found["flows_processed_total", *pod, "to-network", "FORWARDED"] == 1
+    assert found["flows_processed_total", *pod, "to-stack", "FORWARDED"] == 1
 
 
 def test_drops_count_packets_and_have_the_names_of_the_proto(shm):
@@ -203,6 +215,7 @@ def slow_shm(factory):
         shm = Shm.create(factory.mktemp("flows"))
         shm.ports[1]["name"], shm.ports[1]["kind"] = b"pnsk1", value("PORT_POD")
         shm.ports[1]["address4"], shm.ports[1]["state"] = HERE, value("PORT_ACTIVE")
+        shm.node[0]["tunnel_kind"] = value("TUNNEL_VXLAN")
         _made.append(shm)
     return _made[0]
 

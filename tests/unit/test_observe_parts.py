@@ -202,7 +202,7 @@ def test_the_last_that_fit_are_found_over_chunks():
     assert found == [102, 103, 104]
 
 
-# --- flags ----------------------------------------------------------------------------------------
+# --- selectors -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -257,6 +257,13 @@ def test_compact_lines(folder):
         "(TCP Flags: SYN; 4 packets) EGRESS DENIED BY NetworkPolicy shop/db"
     )
     assert "to-overlay FORWARDED (UDP; ended after 0.0 s, 1 packets 0 bytes there" in end
+
+
+@pytest.mark.parametrize(("direct", "point"), [(False, "to-overlay"), (True, "to-network")])
+def test_where_packets_for_another_node_go(folder, monkeypatch, direct, point):
+    monkeypatch.setattr(WHO, "direct", direct)
+    (line,) = lines(folder, "compact", {"kind": END})
+    assert f" {point} FORWARDED " in line
 
 
 def test_colors_are_for_terminals(folder):
