@@ -27,6 +27,8 @@ EVENT_COLUMNS = (
 )  # fmt: skip
 MAPPING_COLUMNS = ("name", "address", "expires_s", "kept", "for", "patterns")
 ORDERS = ("queries", "refused", "failures", "missing", "latency_ms")
+ROWS = click.IntRange(1)
+OTHERS = "others"  # pods without a row of counters of their own: number 0
 
 
 def _reader(config: Any) -> Any:
@@ -49,12 +51,17 @@ def _pods(config: Any) -> dict[int, str]:
 
 
 def _plain(rows: list[dict[str, Any]], output: str) -> list[dict[str, Any]]:
-    """Return rows for people: short numbers, counts of rcodes as words."""
+    """Return rows for people: short numbers, counts as words; a query has no rcode yet."""
     if output == "json":
         return rows
     found = []
     for row in rows:
         one = dict(row)
+        if row.get("kind") in ("query", "missing"):
+            one["rcode"] = ""
+        if row.get("kind") in ("query", "refused"):
+            one["latency_ms"] = ""
+        row = one.copy()
         for name, cell in row.items():
             if isinstance(cell, float):
                 one[name] = f"{cell:.2f}"
@@ -72,7 +79,7 @@ def dns() -> None:
 @dns.command()
 @click.option("--by", type=click.Choice(["name", "pod", "server"]), default="name")
 @click.option("--sort", type=click.Choice(ORDERS), default="queries", show_default=True)
-@click.option("-n", "--limit", default=20, show_default=True, help="Rows shown.")
+@click.option("-n", "--limit", type=ROWS, default=20, show_default=True, help="Rows shown.")
 @config_option
 @output_option
 def top(config: Any, path: Path | None, by: str, sort: str, limit: int, output: str) -> None:
@@ -85,15 +92,19 @@ def top(config: Any, path: Path | None, by: str, sort: str, limit: int, output: 
         rows, columns = reader.servers(), SERVER_COLUMNS
     else:
         names = _pods(config)
+        names[0] = OTHERS
         rows = [{"pod": names.get(n, str(n)), **one} for n, one in reader.pods().items()]
         columns = POD_COLUMNS
-    rows.sort(key=lambda row: -float(row.get(sort, 0)))
+    for row in rows:
+        errors = (count for code, count in row.get("rcodes", {}).items() if code != "NOERROR")
+        row.setdefault("failures", sum(errors))
+    rows.sort(key=lambda row: -float(row[sort]))
     show(_plain(rows[:limit], output), output, columns)
 
 
 @dns.command()
 @click.option("--over", default=0.0, help="Only answers slower than so many milliseconds.")
-@click.option("-n", "--limit", default=20, show_default=True, help="Events shown.")
+@click.option("-n", "--limit", type=ROWS, default=20, show_default=True, help="Events shown.")
 @config_option
 @output_option
 def slow(config: Any, path: Path | None, over: float, limit: int, output: str) -> None:
@@ -111,7 +122,7 @@ def slow(config: Any, path: Path | None, over: float, limit: int, output: str) -
 
 
 @dns.command()
-@click.option("-n", "--limit", default=20, show_default=True, help="The last so many.")
+@click.option("-n", "--limit", type=ROWS, default=20, show_default=True, help="The last so many.")
 @click.option("--name", default="", help="Only this name.")
 @config_option
 @output_option

@@ -7,6 +7,7 @@ Theory. One question, whatever is in the way: DNS, rules by name, stale addresse
 end, a service without backends, the MTU, a server that is silent (policy/reach.py, reasons.py).
 """
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -40,12 +41,17 @@ def why(config: Any, path: Path | None, name: str, pod: str, port: str | None, o
     from dataplane.tables import view
     from dataplane.tables.shm import Shm
 
+    _check(name, pod, port)
+    if port and "/" not in port and port.isdecimal():
+        port = f"{port}/tcp"
     shm, end = Shm.open(config.run_dir), None
     if pod:
         end = _endpoint(config, pod)
         ports = [row["index"] for row in view.ports(shm) if end and row["endpoint"] == end.number]
         if not ports:
-            click.echo(f"no pod {pod} on this node: `penstock endpoint list` shows all", err=True)
+            where = "" if "/" in pod else ", named NAMESPACE/POD"
+            shown = f"no pod {pod} on this node{where}: `penstock endpoint list` shows all"
+            click.echo(shown, err=True)
             sys.exit(2)
         found = _of_pod(config, shm, of_name(shm, shm.folder / RULES, name, ports[0]), end, port)
     else:
@@ -58,6 +64,25 @@ def why(config: Any, path: Path | None, name: str, pod: str, port: str | None, o
     else:
         _print(found, pod)
     sys.exit(1 if found["reasons"] else 0)
+
+
+def _check(name: str, pod: str, port: str | None) -> None:
+    """Refuse what is no question: an address, no name, no port."""
+    from ipaddress import ip_address
+
+    from dataplane.policy.explain import Unknown
+    from dataplane.policy.why import question
+
+    if not name.strip("."):
+        raise click.BadParameter("it is empty", param_hint="NAME")
+    with contextlib.suppress(ValueError):
+        ip_address(name)
+        asked = f"penstock policy why {pod or 'NAMESPACE/POD'} {name} {port or '443/tcp'}"
+        raise click.BadParameter(f"{name} is an address: `{asked}`", param_hint="NAME")
+    try:
+        question("", "", port or "443/tcp")
+    except Unknown as error:
+        raise click.BadParameter(str(error), param_hint="--port") from error
 
 
 def _endpoint(config: Any, pod: str) -> Any:

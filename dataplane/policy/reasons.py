@@ -54,6 +54,9 @@ def _unled(reach: Reach) -> list[Reason]:
     if not known:
         text = "its addresses were learned for pods of other labels only (dns.learned_by: identity)"
         return [Reason("stale", text)]
+    if known[0].code == "stale" and not reach.asked.ports:  # no rule of the pod needs them
+        text = f"the pod has not asked for {reach.asked.name} lately: where it leads is not known"
+        return [Reason("unasked", text)]
     lost = [one for one in _denied(reach.drops) if one.port in DNS_PORTS]
     if known[0].code == "unasked" and lost:
         by = reach.policy_of({lost[0].word}).get(lost[0].word, "by policy")

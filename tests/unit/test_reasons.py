@@ -63,6 +63,7 @@ SILENT = {"destination": str(STORE), "reply_source": str(STORE), "reply_source_p
         (["unasked"], {"what": known(UNASKED), "now": ()}),
         (["policy"], {"what": known(UNASKED), "now": (), "drops": [drop(DNS, port="53/udp")]}),
         (["stale"], {"what": known(STALE), "now": ()}),
+        (["unasked"], {"what": known(STALE, ports=()), "now": ()}),
         (["stale"], {"what": known(STALE), "now": (), "before": [OLD], "drops": [drop(OLD)]}),
         (["stale"], {"before": [OLD], "drops": [drop(OLD)]}),
         (["perhaps stale"], {"drops": [drop(OLD)]}),
