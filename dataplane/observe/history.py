@@ -6,7 +6,8 @@ its metadata is what their numbers stood for.
 Theory. Columns are those in memory; the numbers of pods become names (dictionary encoded). A file
 is written beside its name and renamed, after FLUSH_S or when FLUSH_FLOWS wait: a crash costs the
 last minute. What labels, rules, services and devices of a file meant is JSON under one key of the
-schema's metadata. The oldest files go when all are too large or too old.
+schema's metadata. The oldest files go when all are too large or too old. An observer that starts
+reads all that the rings hold: each file says how far they have been written, so nothing is twice.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ WAIT_MOST = 1 << 22  # flows that wait for a disk that is slow or full
 FOLDER = "flows"  # in STATE_DIR
 MEANINGS = b"penstock"
 PATTERN = "flows-*.parquet"
+RINGS = 256  # of a column's ring
 _ENDS = ("source_end", "target_end")
 _PLAIN = [name for name in FIELDS if name not in _ENDS]
 
@@ -63,6 +65,8 @@ class History:
         self._waiting: deque[Columns] = deque()
         self._count = 0
         self._since = time.monotonic()
+        self._first = written(folder, origin.epoch)  # by ring: the first that is not on disk yet
+        self._next = self._first.copy()
         self.dropped = 0  # flows that were not written
         self.problem = ""
         for path in folder.glob(".*"):
@@ -70,6 +74,11 @@ class History:
 
     def add(self, flows: Columns) -> None:
         """Take flows to be written; they are not changed afterwards."""
+        fresh = flows.position >= self._first[flows.ring]
+        if not fresh.all():
+            flows = flows.take(np.flatnonzero(fresh))
+        if not flows.count:
+            return
         with self._lock:
             self._waiting.append(flows)
             self._count += flows.count
@@ -104,7 +113,9 @@ class History:
                 self._count += flows.count
 
     def _write(self, flows: Columns) -> None:
-        table = to_table(flows, self._origin)
+        after = self._next.copy()
+        np.maximum.at(after, flows.ring, flows.position + np.uint64(1))
+        table = to_table(flows, self._origin, after)
         first = int(flows.wall_ns[0])
         path = self._folder / f"flows-{first:020}-{flows.count}.parquet"
         fresh = path.with_name(f".{path.name}")
@@ -114,6 +125,7 @@ class History:
         except OSError:
             fresh.unlink(missing_ok=True)
             raise
+        self._next = after
 
     def _rotate(self) -> None:
         now = time.time()
@@ -126,8 +138,20 @@ class History:
                     path.unlink()
 
 
-def to_table(flows: Columns, origin: Origin) -> pa.Table:
-    """Return flows as an Arrow table with what their numbers mean."""
+def written(folder: Path, epoch: int) -> np.ndarray:
+    """Return for each ring the number of its first flow that no file of an epoch has: uint64[]."""
+    found = np.zeros(RINGS, np.uint64)
+    newest = sorted(folder.glob(PATTERN), key=lambda path: path.stat().st_mtime_ns)[-1:]
+    for path in newest:  # each file knows what the others have
+        with contextlib.suppress(KeyError, ValueError, OSError, pa.ArrowException):
+            said = json.loads((pq.read_schema(path).metadata or {})[MEANINGS])
+            for ring, number in said["written"].items() if said["epoch"] == epoch else ():
+                found[int(ring)] = number
+    return found
+
+
+def to_table(flows: Columns, origin: Origin, after: np.ndarray) -> pa.Table:
+    """Return flows as an Arrow table with what their numbers mean. after: as written()."""
     arrays = {name: pa.array(getattr(flows, name)) for name in _PLAIN}
     ends: dict[str, dict[str, Any]] = {}
     for name in _ENDS:
@@ -142,6 +166,7 @@ def to_table(flows: Columns, origin: Origin) -> pa.Table:
         arrays[name] = pa.DictionaryArray.from_arrays(codes, pa.array(texts, pa.string()))
     meanings = {"epoch": origin.epoch, "node": origin.node, "ends": ends}
     meanings["direct"] = origin.who.direct
+    meanings["written"] = {str(ring): int(after[ring]) for ring in np.flatnonzero(after).tolist()}
     meanings |= _meanings(flows, origin.book)
     return pa.table(arrays).replace_schema_metadata({MEANINGS: json.dumps(meanings)})
 

@@ -87,19 +87,19 @@ def test_a_file_holds_all_that_its_flows_mean(folder):
 def test_files_rotate_by_size_and_by_age(folder):
     made = writer(folder)
     for n in range(5):
-        made.add(flows({"wall_ns": (n + 1) * 1000}))
+        made.add(flows({"wall_ns": (n + 1) * 1000, "position": n}))
         made.flush()
     size = history.files(folder)[0].stat().st_size
     assert len(history.files(folder)) == 5
     made = writer(folder, most_bytes=size * 3 + size // 2)
-    made.add(flows({"wall_ns": 9000}))
+    made.add(flows({"wall_ns": 9000, "position": 5}))
     made.flush()
     assert [path.name[:26] for path in history.files(folder)] == [
         f"flows-{n:020}" for n in (4000, 5000, 9000)
     ]
     made = writer(folder, most_s=0.0)
     time.sleep(0.01)
-    made.add(flows({}))
+    made.add(flows({"position": 6}))
     made.flush()
     assert not list(folder.glob(history.PATTERN))
 
@@ -121,6 +121,28 @@ def test_a_crash_leaves_no_half_file_and_a_full_disk_loses_nothing(folder, monke
     made.flush()
     assert not made.problem
     assert Past(history.files(folder)[0]).flows.count == 2
+
+
+def test_an_observer_that_starts_again_writes_nothing_twice(folder):
+    """It reads again what the rings hold; of another epoch they are other rings."""
+    rows = [{"position": n, "ring": n % 2} for n in range(6)]
+
+    def on_disk() -> list[int]:
+        paths = history.files(folder)
+        return sorted(int(n) for path in paths for n in Past(path).flows.position)
+
+    for count in (4, 6, 6):
+        made = writer(folder)
+        made.add(flows(*rows[:count]))
+        made.flush()
+        assert on_disk() == list(range(count))
+    made.add(flows({"position": 1, "ring": 2}))
+    made.flush()
+    assert on_disk() == [0, 1, 1, 2, 3, 4, 5], "another ring"
+    fresh = History(folder, 1 << 30, 3600.0, Origin(WHO, BOOK, "n1", 8))
+    fresh.add(flows({**rows[0], "wall_ns": 9000}))
+    fresh.flush()
+    assert on_disk() == [0, 0, 1, 1, 2, 3, 4, 5], "another epoch"
 
 
 def test_what_waits_for_a_disk_is_bounded_and_counted(folder, monkeypatch):
