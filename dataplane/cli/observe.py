@@ -25,6 +25,22 @@ TIMES = click.Choice(
     ["StampMilli", "YearMonthDay", "YearMonthDayHour", "YearMonthDayHourMinute", "RFC3339",
      "RFC3339Milli", "RFC3339Micro", "RFC3339Nano", "RFC1123Z"]
 )  # fmt: skip
+HELP = {
+    "pod": "[NAMESPACE/]PREFIX of a pod's name, namespace default otherwise.",
+    "namespace": "Namespace of pods and services.", "all-namespaces": "Pods of any namespace.",
+    "ip": "Address or CIDR.", "fqdn": "DNS name of the address, with *.",
+    "label": "Label selector: app=web,tier!=x.", "service": "[NAMESPACE/]PREFIX of a service.",
+    "port": "Port of TCP, UDP, SCTP.", "workload": "[KIND/]NAME.",
+    "identity": "Number, or a reserved one: world, host, ...", "cluster": "Its name.",
+    "verdict": "FORWARDED, DROPPED, AUDIT, ...", "drop-reason-desc": "POLICY_DENIED, ...",
+    "protocol": "tcp, udp, icmp, sctp, dns, ...", "tcp-flags": "All of these: SYN,ACK.",
+    "type": "drop, trace[:to-endpoint], policy-verdict, l7.",
+    "traffic-direction": "ingress or egress.", "node-name": "[CLUSTER/]NODE, with *.",
+    "node-label": "Label selector of nodes.", "uuid": "The flow itself.",
+    "ip-version": "none, v4 or v6.", "snat-ip": "What the source is masqueraded as.",
+    "interface": "Device at which it came in.", "ipv4": "Only IPv4.", "ipv6": "Only IPv6.",
+}  # fmt: skip
+ENDS = {"from": "source", "to": "destination"}
 FORMS = ("compact", "dict", "json", "jsonpb", "table", "tab", "JSON")
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
@@ -56,11 +72,13 @@ def _filter_options(function: Callable) -> Callable:
 
     for flag in reversed(FLAGS):
         short = [short for short, name in SHORT.items() if name == flag]
+        way, _, bare = flag.partition("-")
+        text = f"As --{bare}, of the {ENDS[way]}." if way in ENDS else HELP.get(flag)
         for twin in ("", "not-"):
             kind: dict[str, Any] = {"is_flag": True} if flag in SWITCHES else {"multiple": True}
             function = click.option(
                 f"--{twin}{flag}", f"{twin}{flag}".replace("-", "_"), *([] if twin else short),
-                hidden=bool(twin) or flag.startswith(RARE), **kind,
+                hidden=bool(twin) or flag.startswith(RARE), help=text, **kind,
             )(function)  # fmt: skip
     return function
 
