@@ -67,6 +67,7 @@ class History:
         self._since = time.monotonic()
         self._first = written(folder, origin.epoch)  # by ring: the first that is not on disk yet
         self._next = self._first.copy()
+        self._unheard = set(np.flatnonzero(self._first).tolist())
         self.dropped = 0  # flows that were not written
         self.problem = ""
         for path in folder.glob(".*"):
@@ -79,6 +80,7 @@ class History:
             flows = flows.take(np.flatnonzero(fresh))
         if not flows.count:
             return
+        self._look_for_gaps(flows)
         with self._lock:
             self._waiting.append(flows)
             self._count += flows.count
@@ -86,6 +88,13 @@ class History:
                 gone = self._waiting.popleft().count
                 self._count -= gone
                 self.dropped += gone
+
+    def _look_for_gaps(self, flows: Columns) -> None:
+        """Count what was overwritten while nobody read: between what is on disk and what comes."""
+        for ring in self._unheard & set(np.unique(flows.ring).tolist()):
+            self._unheard.discard(ring)
+            first = int(flows.position[flows.ring == ring].min())
+            self.dropped += first - int(self._first[ring])
 
     def turn(self) -> None:
         """Write, if it is time."""

@@ -139,6 +139,9 @@ def test_an_observer_that_starts_again_writes_nothing_twice(folder):
     made.add(flows({"position": 1, "ring": 2}))
     made.flush()
     assert on_disk() == [0, 1, 1, 2, 3, 4, 5], "another ring"
+    made = writer(folder)
+    made.add(flows({"position": 9, "ring": 0, "wall_ns": 9001}, {"position": 7, "ring": 1}))
+    assert made.dropped == 4 + 1, "nobody has read these before they were overwritten"
     fresh = History(folder, 1 << 30, 3600.0, Origin(WHO, BOOK, "n1", 8))
     fresh.add(flows({**rows[0], "wall_ns": 9000}))
     fresh.flush()
