@@ -8,6 +8,7 @@ twice and nothing is kept. Direction is INGRESS for what came in on an uplink, E
 or the node sent. Counters of a forwarder that was replaced begin again at 0, which rate() knows.
 """
 
+import platform
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -136,6 +137,13 @@ class DatapathCollector:
 
     def _agent(self) -> Iterator[Metric]:
         facts, shm = self.facts, self._shm
+        version = GaugeMetricFamily(
+            "cilium_version",
+            "What this is; dashboards list nodes by it",
+            labels=["version", "arch"],
+        )
+        version.add_metric(["penstock", platform.machine()], 1)
+        yield version
         yield _gauge("penstock_ready", "Whether the node takes pods", facts.ready)
         yield _gauge("penstock_problems", "What `penstock status` finds wrong", len(facts.problems))
         yield _gauge("cilium_policy", "Network policies loaded", facts.policies)
