@@ -22,6 +22,7 @@ import numpy as np
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from dataplane.metrics.facts import Owner
+from dataplane.metrics.messages import MessageCounter
 from dataplane.metrics.verdicts import VerdictCounter
 from dataplane.tables.events import EventReader
 from dataplane.tables.shm import Shm
@@ -30,6 +31,7 @@ from xdp.abi import CONST, REASON_TEXT, value
 
 PART = 32768  # records of a ring that are looked at together
 ROUNDS = CONST["EVENTS_MAX"] // PART + 1
+DNS_EVENTS = CONST["DNS_EVENTS_MAX"]
 PORTS_KEPT = 1000  # distinct destination ports; others are counted as one
 PORTS_MAX = CONST["PORTS_MAX"]
 NOBODY = PORTS_MAX
@@ -45,6 +47,7 @@ WORLD = [value(f"IDENTITY_WORLD{family}") for family in ("", "_IPV4", "_IPV6")]
 CIDR_FIRST = value("IDENTITY_CIDR_FIRST")
 PROTOCOLS = {1: "ICMPv4", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 ICMP, ICMP6, TCP, UDP, SCTP = 1, 58, 6, 17, 132
+REPLIES = {8: 0, 128: 129}  # type of an ICMP query -> of its answer
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 # Where the name in flow.proto is not the text in upper case.
 PROTO_NAMES = {
@@ -83,11 +86,14 @@ class FlowCollector:
         self._world: Counter[tuple[str, ...]] = Counter()
         self._ports: Counter[tuple[int, int]] = Counter()
         self._icmp: Counter[tuple[str, str]] = Counter()
-        self.verdicts = VerdictCounter(shm)
+        self.verdicts, self.dns = VerdictCounter(shm), MessageCounter(shm)
         self.messages: Callable[[], Mapping[tuple[str, ...], int]] = dict  # flows of layer 7
 
     def take(self) -> int:
-        """Count what is new, at most what the rings hold; return how much that was."""
+        """Count what is new, at most what the rings hold; return how much that was.
+
+        DNS messages have smaller rings: there it is as much of them.
+        """
         hashes, indices = self._pods()
         total = 0
         for _ in range(ROUNDS):
@@ -97,7 +103,7 @@ class FlowCollector:
                 total += len(batch.records)
             if not batches:
                 break
-        return total
+        return max(total, self.dns.take(self._owner) * (CONST["EVENTS_MAX"] // DNS_EVENTS))
 
     def _pods(self) -> tuple[np.ndarray, np.ndarray]:
         """Addresses of local pods, hashed and in order, with the port of each."""
@@ -125,10 +131,19 @@ class FlowCollector:
             place = (word >> 16, word & 0xFFFF)
             full = len(self._ports) >= PORTS_KEPT and place not in self._ports
             self._ports[(place[0], -1) if full else place] += count
-        echo = np.isin(begun["protocol"], (ICMP, ICMP6))
-        for word, count in zip(*_unique(ports[echo]), strict=True):
-            family = "IPv4" if word >> 16 == ICMP else "IPv6"
-            self._icmp[family, _icmp_name(family, word >> 8 & 0xFF)] += count
+        self._count_icmp(rows[(rows["kind"] == END) & np.isin(rows["protocol"], (ICMP, ICMP6))])
+
+    def _count_icmp(self, ended: np.ndarray) -> None:
+        """Count requests and replies once both are known: their difference is what is missing."""
+        six = ended["protocol"] == ICMP6
+        kind = ended["target_port"] >> 8
+        for word in np.unique(six.astype(np.int64) << 8 | kind).tolist():
+            mine = ended[(six == bool(word >> 8)) & (kind == word & 0xFF)]
+            family = "IPv6" if word >> 8 else "IPv4"
+            self._icmp[family, _icmp_name(family, word & 0xFF)] += int(mine["packets"].sum())
+            back = REPLIES.get(word & 0xFF)
+            if back is not None:
+                self._icmp[family, _icmp_name(family, back)] += int(mine["reply_packets"].sum())
 
     def _add(self, key: dict[str, int], count: int) -> None:
         ends = (self._owner(key["source"]), self._owner(key["target"]))
@@ -169,14 +184,15 @@ class FlowCollector:
             [*ends, "protocol", "verdict"],
             self._world,
         )
-        yield _family("icmp", "ICMP queries", ["family", "type"], self._icmp)
+        yield _family("icmp", "ICMP messages", ["family", "type"], self._icmp)
         ports = {
             (PROTOCOLS[protocol], str(port) if port >= 0 else "other"): count
             for (protocol, port), count in self._ports.items()
         }
         yield _family("port_distribution", "Connections by port", ["protocol", "port"], ports)
-        lost = {("perf_event_ring_buffer",): sum(self._reader.lost)}
+        lost = {("perf_event_ring_buffer",): sum(self._reader.lost) + self.dns.lost}
         yield _family("lost_events", "Events that nobody could read in time", ["source"], lost)
+        yield from self.dns.collect()
         labels = [*ends, "direction", "match", "action"]
         yield _family("policy_verdicts", "Verdicts of policies", labels, self.verdicts.counts)
 

@@ -3,11 +3,10 @@
 Rule: series grow with pods and servers, not with names: a pod may ask for any number of these.
 
 Theory. Workers count by pod and by server (dataplane/tables/names_view.py), so a scrape only adds
-lanes up. Queries and answers have Hubble's names and words, with the contexts that flows have: a
-query's source is the pod, an answer's destination. Latency, which Hubble does not have, is a
-histogram by server, one bucket an octave, and a few quantiles by pod. Of names, the NAMES_SERIES
-that are asked for most have series, once they were asked for QUERIES_LEAST times: names that a pod
-makes up are asked for once.
+lanes up; Hubble's counts are in messages.py. Latency, which Hubble does not have, is a histogram by
+server, one bucket an octave, and a few quantiles by pod. Of names, the NAMES_SERIES that are asked
+for most have series, once they were asked for QUERIES_LEAST times: names that a pod makes up are
+asked for once.
 """
 
 from collections import Counter
@@ -22,6 +21,7 @@ from prometheus_client.core import (
 )
 
 from dataplane.metrics.facts import Owner
+from dataplane.metrics.messages import RCODES
 from dataplane.tables.names_view import ENDS, NameReader
 from dataplane.tables.shm import Shm
 
@@ -47,15 +47,6 @@ BY_NAME = {
     "failures": "Answers that were errors",
     "missing": "Queries without an answer",
 }
-RCODES = {
-    "NOERROR": "No Error", "FORMERR": "Format Error", "SERVFAIL": "Server Failure",
-    "NXDOMAIN": "Non-Existent Domain", "NOTIMP": "Not Implemented", "REFUSED": "Query Refused",
-    "YXDOMAIN": "Name Exists when it should not", "YXRRSET": "RR Set Exists when it should not",
-    "NXRRSET": "RR Set that should exist does not", "NOTAUTH": "Not Authorized",
-    "NOTZONE": "Name not contained in zone",
-}  # fmt: skip
-"""How Hubble's metrics call rcodes: IANA's descriptions (DNS parameters, RCODEs)."""
-DENIED = "Policy denied"  # as a query's rcode, in Hubble's metrics
 
 
 class NamesCollector:
@@ -69,7 +60,6 @@ class NamesCollector:
     def collect(self) -> Iterator[Metric]:
         """Yield the families of one scrape."""
         pods = self._pods()
-        yield from _hubble(pods)
         for name, text in BY_POD.items():
             family = CounterMetricFamily(f"penstock_dns_{name}", text, labels=["source"])
             for pod, one in pods.items():
@@ -140,22 +130,6 @@ class NamesCollector:
             }
             for row in rows
         ]
-
-
-def _hubble(pods: Mapping[str, dict[str, Any]]) -> Iterator[Metric]:
-    ends = ["source", "destination"]
-    queries = CounterMetricFamily(
-        "hubble_dns_queries", "DNS queries", labels=[*ends, "rcode", "qtypes"]
-    )
-    answers = CounterMetricFamily("hubble_dns_responses", "DNS answers", labels=[*ends, "rcode"])
-    for pod, one in pods.items():
-        for name, count in one["types"].items():
-            queries.add_metric([pod, "", "", name], count)
-        if one["refused"]:
-            queries.add_metric([pod, "", DENIED, ""], one["refused"])
-        for name, count in one["rcodes"].items():
-            answers.add_metric(["", pod, RCODES.get(name, name)], count)
-    yield from (queries, answers)
 
 
 def _by_server(servers: list[dict[str, Any]]) -> Iterator[Metric]:

@@ -5,9 +5,8 @@ bounded, and what nobody could read any more is counted.
 
 Theory. A query and its answer are two flows, the answer turned round; a query that policy refuses
 is a dropped request. In columns a message is a row like any other, of kind DNS; what has no column
-(name, addresses, rcode) is the event itself, of which the last KEPT are here, by `position`. An
-event is valid while its `sequence` is its number + 1 (kernels/dns_count.py), so each is copied
-between two looks at that word. Missing answers are no messages: `penstock dns` shows them.
+(name, addresses, rcode) is the event itself, of which the last KEPT are here, by `position`.
+Missing answers are no messages: `penstock dns` shows them.
 """
 
 import re
@@ -18,6 +17,7 @@ import numpy as np
 
 from dataplane.observe.columns import FIELDS, NOBODY, REPLY, Columns
 from dataplane.tables.connection_view import NUMBERS
+from dataplane.tables.dns_events import DnsEvents
 from dataplane.tables.names import spelled
 from dataplane.tables.names_view import FLAGS, address_of, family_of, rcode_name, type_name
 from dataplane.tables.shm import Shm
@@ -29,11 +29,10 @@ RING = 255  # as a column's ring
 KEPT = 1 << 15
 IDENTITIES_S = 10  # how long a server's identity is taken for granted
 SOURCE = "proxy"  # who has seen it, in Hubble's words: who enforces names
-LANES, SIZE = CONST["DNS_LANES"], CONST["DNS_EVENTS_MAX"]
 QUERY, ANSWER, REFUSED = (value(f"DNS_EVENT_{kind}") for kind in ("QUERY", "ANSWER", "REFUSED"))
 REASON = value("REASON_ANSWERED_DNS")
 MISSING = value("DNS_EVENT_MISSING")
-_ONE, _MIX = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Messages:
@@ -42,21 +41,15 @@ class Messages:
     def __init__(self, shm: Shm, clock: Callable[[], float]) -> None:
         """Nothing is read yet. clock: seconds."""
         self._shm, self._clock = shm, clock
-        self._next = [max(0, int(end) - SIZE) for end in shm.dns_notes["events"]]
+        self._events = DnsEvents(shm)
         self._kept = np.zeros(KEPT, DTYPE["dns_event"])
         self.head = 0
-        self.lost = 0
         self._identities: dict[tuple[int, int, int], int] = {}
         self._read_at = -float(IDENTITIES_S)
 
     def read(self, wall_minus_monotonic_ns: int) -> Columns | None:
         """Return what is new as columns whose ends are not known yet, None: nothing is."""
-        found = [self._lane(lane) for lane in range(LANES) if self._is_new(lane)]
-        if len(found) == 1:  # of one worker: in order, and not copied once more
-            rows = found[0]
-        else:
-            rows = np.concatenate(found) if found else self._kept[:0]
-            rows = rows[np.argsort(rows["time_ns"], kind="stable")]
+        rows = self._events.read()
         shown = rows["kind"] != MISSING
         rows = rows if shown.all() else rows[shown]
         if not len(rows):
@@ -66,22 +59,10 @@ class Messages:
         self.head += len(rows)
         return self._columns(rows, positions, wall_minus_monotonic_ns)
 
-    def _is_new(self, lane: int) -> bool:
-        return int(self._shm.dns_notes["events"][lane]) != self._next[lane]
-
-    def _lane(self, lane: int) -> np.ndarray:
-        """Return the events of a lane that could be read: dns_event[n]."""
-        end = int(self._shm.dns_notes["events"][lane])
-        start = self._next[lane] if self._next[lane] <= end else 0  # another's tables
-        first = max(start, end - SIZE)
-        numbers = np.arange(first, end)
-        ring = self._shm.dns_events[lane]
-        rows = ring[numbers % SIZE]  # a copy
-        wanted = numbers.astype(np.uint64) + _ONE
-        whole = (rows["sequence"] == wanted) & (ring["sequence"][numbers % SIZE] == wanted)
-        self.lost += first - start + int((~whole).sum())
-        self._next[lane] = end
-        return rows if whole.all() else rows[whole]
+    @property
+    def lost(self) -> int:
+        """Messages that nobody could read."""
+        return self._events.lost
 
     def _columns(self, rows: np.ndarray, positions: np.ndarray, offset: int) -> Columns:
         made = {name: np.zeros(len(rows), dtype) for name, dtype in FIELDS.items()}
