@@ -149,7 +149,8 @@ def _print(found: dict[str, Any], pod: str) -> None:
     if found["counted"]:
         click.echo("  " + ", ".join(f"{found['counted'][word]} {word}" for word in COUNTS))
     for one in found["events"][-EVENTS_SHOWN:]:
-        click.echo(f"  {one['kind']} {one['type']} {one['rcode']} {one['client']} {one['server']}")
+        rcode = f"{one['rcode']} " if one["kind"] in ("answer", "refused") else ""
+        click.echo(f"  {one['kind']} {one['type']} {rcode}{one['client']} {one['server']}")
     for way in found.get("ways", ()):
         _print_way(way)
     if pod and not found["reasons"]:

@@ -111,7 +111,7 @@ class Collector:
         self.directory.direct = int(self._shm.node[0]["tunnel_kind"]) == TUNNEL_NONE
         parts, more = [], False
         batches = self._reader.read(MOST)
-        offset = clock_offset_ns() if batches else 0
+        offset = clock_offset_ns()
         for batch in batches:
             more |= len(batch.records) + batch.lost >= MOST
             if batch.lost:

@@ -75,6 +75,8 @@ def test_messages_as_the_protocol_has_them(node):
     assert (refused.verdict, refused.l7.type, refused.l7.dns.rcode) == (2, 1, 5)
     assert list(refused.l7.dns.qtypes) == ["AAAA"]
     assert [one.name for one in refused.egress_denied_by] == ["closed"]
+    for flow in (query, answer, refused, failed):  # no other flow came with them
+        assert abs(flow.time.seconds - time.time()) < 100
     assert failed.Summary == "DNS Answer RCode: Non-Existent Domain TTL: 0 (Proxy c.example. A)"
 
 
