@@ -16,7 +16,7 @@
 #ifndef PENSTOCK_ABI_H
 #define PENSTOCK_ABI_H
 
-#define ABI_VERSION 6
+#define ABI_VERSION 7
 
 /* --- limits ------------------------------------------------------------------------------- */
 
@@ -89,6 +89,7 @@
 #define FLOW_NAT_SOURCE 1            /* struct flow_entry's flags: new source address or port */
 #define FLOW_NAT_TARGET 2
 #define FLOW_KEEP_HOPS 4             /* to the node's own stack: TTL is not counted down */
+#define FLOW_DNS 8                   /* the forwarder gets a copy of each message */
 
 /* Names (DNS) */
 #define DNS_TEXT 256                 /* bytes that hold a name as on the wire, lower case (255: RFC 1035) */
@@ -112,6 +113,8 @@
 #define DNS_SERVERS_MAX 64           /* servers that a worker counts apart, the last one: all others */
 #define DNS_EVENTS_MAX 8192          /* events that a worker keeps */
 #define DNS_EVENT_ADDRESSES 4
+#define DNS_COPIES 4194304           /* bytes of the ring of copies that the flow table makes */
+#define DNS_COPY_MOST 1984           /* bytes of a datagram that is copied; a larger one is a miss */
 #define FQDN_GROUP_FIRST 4294901760  /* group of selector n: this and n */
 
 #define FRAME_SIZE 4096          /* chunk as the kernel knows it: a page */
@@ -392,11 +395,12 @@ struct xdp_port {
   __u32 index;                   /* with this VLAN: row of the port table */
 };
 
-/* What the programs drop, and the reason that it is counted by. */
+/* What the programs drop or lose, and the reason that it is counted by. */
 enum program_drop {
   DROP_UPLINK_NO_DEVICE = 0,     /* REASON_PORT_GONE: rewritten, but the device has just gone */
   DROP_POD_NO_DEVICE = 1,
   DROP_POD_NO_SOCKET = 2,        /* REASON_ENDPOINT_NOT_READY: no forwarder takes it */
+  LOST_DNS_COPY = 3,             /* no packet: a copy that found the ring full */
 };
 
 struct steer_prefix {
@@ -437,6 +441,8 @@ struct steering {
   __u8 flow_any_vni;             /* where it carries an identity, any will do */
   __u8 flow_tunnel;              /* enum tunnel_kind */
   __u16 flow_abi;                /* ABI_VERSION of who has made the table */
+  __u32 dns_wake;                /* who reads copies of DNS sleeps: the next one wakes it */
+  __u32 reserved0;
 };
 
 /* What is put in front of a packet on its way out: a copy of an adjacency for XDP. */
@@ -481,6 +487,17 @@ struct flow_entry {
   __u64 packets;
   __u64 bytes;
   __u64 last_ns;                 /* CLOCK_MONOTONIC */
+};
+
+/* A DNS message that the flow table has forwarded, as it stands in the ring dns_copies. */
+struct dns_copy {
+  __u64 time_ns;                 /* CLOCK_MONOTONIC */
+  __u8 source[16];               /* as struct flow_entry's, up to the family */
+  __u8 target[16];
+  __u64 rest;
+  __u32 slot;                    /* the entry */
+  __u32 length;
+  __u8 datagram[1984];           /* from its UDP header on: DNS_COPY_MOST at most */
 };
 
 /* What has been read of an entry's counters; row i belongs to entry i. Kept in shared memory. */
@@ -778,7 +795,9 @@ struct naming_counter {
   __u64 kept;                    /* expired ones that connections still use, at the last sweep */
   __u64 events;                  /* events written: the next one's number */
   __u64 capped_hash;             /* hash of the name that `name_capped` was counted for last */
-  __u64 reserved[3];
+  __u64 copies;                  /* messages that the flow table has forwarded, read */
+  __u64 copies_lost;             /* and not read: forwarded, but neither counted nor told */
+  __u64 reserved;
 };
 
 struct dns_event {

@@ -1,4 +1,4 @@
-"""BPF maps: entries by system call, arrays also as plain memory.
+"""BPF maps: entries by system call, arrays and rings also as plain memory.
 
 Rule: a Map does not own its object: its calls work as long as the BpfObject does. Memory from
 `mmap` is different: it keeps the kernel's map alive until the last array over it is gone.
@@ -6,12 +6,14 @@ Rule: a Map does not own its object: its calls work as long as the BpfObject doe
 Theory. Keys and values are bytes of the sizes that the map declares; an int is taken as a
 little-endian number of that size, a numpy record as its bytes. An array made with BPF_F_MMAPABLE
 is mapped once and read and written as numpy: no system call, and the program sees a store at once.
+A ring is a page with the reader's position, one with the writers', and the records, mapped twice in
+a row so that none is cut (Documentation/bpf/ringbuf.rst).
 """
 
 import errno
 import mmap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +21,16 @@ from xdp.errors import KernelError
 from xdp.libbpf import ffi, lib, text
 
 Entry = bytes | int | np.integer | np.void
+BOTH = mmap.PROT_READ | mmap.PROT_WRITE
 PER_CPU_TYPES = {5, 6, 10, 21}  # BPF_MAP_TYPE_{,LRU_}PERCPU_HASH, _ARRAY, _CGROUP_STORAGE
+
+
+class RingMemory(NamedTuple):
+    """A BPF ring as its reader sees it."""
+
+    consumer: np.ndarray  # uint64[page]: bytes read, ours to write
+    producer: np.ndarray  # uint64[page]: bytes written
+    records: np.ndarray  # uint8[2 * max_entries]: the same bytes twice
 
 
 def open_by_id(number: int) -> int:
@@ -37,6 +48,16 @@ def _info(fd: int) -> Any:
     if code < 0:
         raise KernelError(f"asking what map fd {fd} is", code)
     return info
+
+
+def _memory(of: "Map", size: int, offset: int, protection: int) -> mmap.mmap:
+    """Map so many bytes of a map. Raises KernelError."""
+    if of.fd < 0:  # Python would give anonymous memory
+        raise KernelError(f"mmap of map {of.name}", errno.EBADF)
+    try:
+        return mmap.mmap(of.fd, size, mmap.MAP_SHARED, protection, offset=offset)
+    except OSError as error:
+        raise KernelError(f"mmap of map {of.name}", error.errno or errno.EINVAL) from error
 
 
 class Map:
@@ -143,10 +164,13 @@ class Map:
         if dtype.itemsize != stride:
             raise ValueError(f"map {self.name}: {dtype.itemsize} bytes a value, must be {stride}")
         size = -(-stride * self.max_entries // 4096) * 4096
-        if self.fd < 0:  # Python would give anonymous memory
-            raise KernelError(f"mmap of map {self.name}", errno.EBADF)
-        try:
-            memory = mmap.mmap(self.fd, size, mmap.MAP_SHARED)
-        except OSError as error:
-            raise KernelError(f"mmap of map {self.name}", error.errno or errno.EINVAL) from error
-        return np.frombuffer(memory, dtype, self.max_entries)
+        return np.frombuffer(_memory(self, size, 0, BOTH), dtype, self.max_entries)
+
+    def ring(self) -> RingMemory:
+        """Return the memory of a BPF_MAP_TYPE_RINGBUF."""
+        page = mmap.PAGESIZE
+        consumer = np.frombuffer(_memory(self, page, 0, BOTH), np.uint64)
+        rest = np.frombuffer(
+            _memory(self, page + 2 * self.max_entries, page, mmap.PROT_READ), np.uint8
+        )
+        return RingMemory(consumer, rest[:page].view(np.uint64), rest[page:])

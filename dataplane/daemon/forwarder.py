@@ -124,6 +124,7 @@ class Forwarder:
             )
         ]
         self.names = Names(shm, make_tables(shm), self.conntrack.trackers, state_dir)
+        self.workers[0].read_copies(self.table.copies.fd)
         for worker in self.workers:
             worker.start()
         for worker in self.workers:  # the first answer of a cold start comes after compiling

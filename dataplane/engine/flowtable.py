@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dataplane.engine.account import dns_rows, make_counters
+from dataplane.kernels.dns_copies import make_copies
 from dataplane.kernels.flows import Flows, renew
 from dataplane.kernels.harvest import harvest
 from dataplane.kernels.rows import Rows
@@ -30,7 +31,7 @@ from xdp.object import BpfObject
 WAYS = CONST["FLOW_WAYS"]
 LINE = np.dtype(f"V{4 * WAYS}")
 MAPS = ("steering", "flow_tags", "flow_entries", "hops", "flow_devices", "flow_ifindexes",
-        "program_drops")  # fmt: skip
+        "program_drops", "dns_copies")  # fmt: skip
 WRITTEN, LIVE = value("FLOW_WRITTEN"), value("FLOW_LIVE")
 NO_DEVICE = [value("DROP_UPLINK_NO_DEVICE"), value("DROP_POD_NO_DEVICE")]
 RESTING, RECORD_LIVE = value("FLOW_RESTING"), value("RECORD_LIVE")
@@ -73,6 +74,8 @@ class FlowTable:
         self.slots = bpf.maps["flow_entries"].max_entries
         self.devices = np.zeros(CONST["PORTS_MAX"], np.uint8)
         self.drops = bpf.maps["program_drops"].mmap(np.dtype("<u8"))
+        self.copies = bpf.maps["dns_copies"]
+        ring = self._ring = self.copies.ring()
         self.flows = Flows(
             tags=Rows(bpf.maps["flow_tags"].mmap(LINE).view("<u4")),
             entries=Rows(bpf.maps["flow_entries"].mmap(DTYPE["flow_entry"])),
@@ -80,6 +83,7 @@ class FlowTable:
             seen=Rows(shm.flow_seen[: self.slots]),
             steering=Rows(steering),
             devices=Rows(self.devices),
+            copies=make_copies(ring, steering),
         )
         self.live = 0
         self.packets = 0

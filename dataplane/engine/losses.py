@@ -37,6 +37,7 @@ PROGRAM_DROPS = {
     value("DROP_POD_NO_DEVICE"): (EGRESS, GONE),
     value("DROP_POD_NO_SOCKET"): (EGRESS, NOT_READY),
 }
+DNS_COPY = value("LOST_DNS_COPY")
 TOLD = CONST["PROGRAM_DROPS"]  # the second half of the map
 DEVICES = Path("/proc/thread-self/net/dev")
 TX_DROP = 11  # of its columns
@@ -46,10 +47,11 @@ class Losses:
     """Counts what sockets of all workers have lost."""
 
     def __init__(self, shm: Any, workers: list[Worker], drops: np.ndarray) -> None:
-        """shm: reasons, port_counters and ports of it are used; drops: the map program_drops."""
+        """shm: reasons, port_counters, ports, dns_notes are used; drops: the map program_drops."""
         self._drops, self._rows = drops, shm.ports
         self._trunk: tuple[int, int] | None = None  # ifindex, and what was counted of it
         self._reasons, self._ports = shm.reasons[-1], shm.port_counters[-1]
+        self._notes = shm.dns_notes[CONST["DNS_SWEEPER"]]
         self._kinds = shm.ports["kind"]
         self._workers = workers
         self._told: dict[int, dict[str, int]] = {}  # id of a socket -> what was counted of it
@@ -66,6 +68,7 @@ class Losses:
                 xsk, port, last = worker.ended.popleft()
                 self._count(port, last, self._told.pop(id(xsk), {}))
         self._count_programs()
+        self._count_copies()
         self._count_trunk()
 
     def _first(self, kind: int) -> int:
@@ -79,6 +82,11 @@ class Losses:
             if port >= 0 and count > self._drops[TOLD + kind]:
                 self._add(port, way, reason, count - int(self._drops[TOLD + kind]))
                 self._drops[TOLD + kind] = count
+
+    def _count_copies(self) -> None:
+        count = int(self._drops[DNS_COPY])
+        self._notes["copies_lost"] += count - int(self._drops[TOLD + DNS_COPY])
+        self._drops[TOLD + DNS_COPY] = count
 
     def _count_trunk(self) -> None:
         """Count what did not fit into the trunk."""

@@ -21,7 +21,6 @@ from dataplane.kernels.batch import (
     FLAG_AUDITED,
     FLAG_FRAGMENT,
     FLAG_LATER_FRAGMENT,
-    FLAG_WORTH,
     KIND_IP4,
     VERDICT_PENDING,
     WAY_ORIGINAL,
@@ -122,7 +121,6 @@ def _one(b, t, k, c, i):
     if not is_still(b, i, record, b.way[i]):
         drop(b, i, INSERTION_FAILED)
         return
-    b.flags[i] &= ~FLAG_WORTH
     con = t.connections[b.connection[i]]
     if con.names:
         _lead(b, t, i, con.names)

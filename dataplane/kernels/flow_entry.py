@@ -35,7 +35,8 @@ from xdp.abi import CONST, DTYPE, value
 ENTRY, HOP = DTYPE["flow_entry"].itemsize, DTYPE["hop"].itemsize
 HEADER_MAX = CONST["HEADER_MAX"]
 NAT_BITS = CONST["FLOW_NAT_SOURCE"] | CONST["FLOW_NAT_TARGET"]
-KEEP_HOPS = CONST["FLOW_KEEP_HOPS"]
+KEEP_HOPS, FLOW_DNS = CONST["FLOW_KEEP_HOPS"], CONST["FLOW_DNS"]
+DNS = CONST["CONNECTION_FLAG_DNS"]
 ADJACENCY_HOST = value("ADJACENCY_HOST")
 ONES16 = 0xFFFF
 
@@ -156,6 +157,8 @@ def fill(b, t, f, i, at, ifindex):
     flags = np.int64(0)
     if t.adjacencies[b.adjacency[i]].kind == ADJACENCY_HOST:
         flags |= KEEP_HOPS
+    if t.connections[b.connection[i]].flags & DNS:
+        flags |= FLOW_DNS
     l3 = l4 = np.int64(0)
     if b.flags[i] & FLAG_NAT:
         flags |= NAT_BITS

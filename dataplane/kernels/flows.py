@@ -6,8 +6,9 @@ vector began with; nothing is decided here.
 Theory. xdp/bpf/flows.h reads what stands here, while it is written. An entry is claimed by
 compare-and-swap, filled (flow_entry.py), and found by its tag, which is stored last and taken away
 first. Worth an entry is a direction with a few packets (`track`), of UDP or of established TCP,
-that is plain: no fragments, options, ICMP or DNS. Between two pods of the node the last packet of
-TCP's handshake says what the answers' entry is, before one comes. Where its bucket is full, one
+that is plain: no fragments, options or ICMP. Between two pods of the node the last packet of
+TCP's handshake says what the answers' entry is, before one comes. DNS that policies look into has
+none; other DNS leaves copies of its messages (dns_copies.py). Where its bucket is full, one
 that has been idle for IDLE_EVICT_NS is retired for the next to come; until then it stays with the
 stages.
 """
@@ -42,6 +43,8 @@ from dataplane.kernels.connections import (
     offset_of,
     retire,
 )
+from dataplane.kernels.dns_copies import make_copies
+from dataplane.kernels.dns_lead import DNS
 from dataplane.kernels.flow_entry import (
     ENTRY,
     GENERATION,
@@ -67,6 +70,7 @@ from dataplane.kernels.house import (
     swap32,
 )
 from dataplane.kernels.layout import PACKETS
+from dataplane.kernels.policy import NAMES
 from dataplane.kernels.route import lookup
 from dataplane.kernels.rows import Rows
 from dataplane.kernels.track import FLOW_TCP
@@ -75,7 +79,6 @@ from xdp.abi import CONST, DTYPE, value
 IDLE_EVICT_NS = 100_000_000
 WAYS = CONST["FLOW_WAYS"]
 HOPS = CONST["ADJACENCIES_MAX"]
-DNS = 53
 FLOW_EMPTY, FLOW_WRITTEN = value("FLOW_EMPTY"), value("FLOW_WRITTEN")
 ADJACENCY_POD, ADJACENCY_HOST = value("ADJACENCY_POD"), value("ADJACENCY_HOST")
 ADJACENCY_NEXTHOP, ADJACENCY_TUNNEL = value("ADJACENCY_NEXTHOP"), value("ADJACENCY_TUNNEL")
@@ -94,6 +97,7 @@ class Flows(NamedTuple):
     seen: Rows  # flow_seen[slots]
     steering: Rows  # steering[1]
     devices: Rows  # uint8[PORTS_MAX]: 1: takes what XDP redirects to it
+    copies: Rows  # int64[COPIES_WORDS]: the ring of copies of DNS messages
 
 
 def make_flows(slots: int = 0) -> Flows:
@@ -102,7 +106,8 @@ def make_flows(slots: int = 0) -> Flows:
     steering["flow_generation"], steering["flow_mask"] = slots > 0, max(slots // WAYS, 1) - 1
     tags, seen = np.zeros(slots, np.uint32), np.zeros(slots, DTYPE["flow_seen"])
     entries, hops = (np.zeros(n, DTYPE[name]) for name, n in (("flow_entry", slots), ("hop", HOPS)))
-    return Flows(*map(Rows, (tags, entries, hops, seen, steering, devices)))
+    rows = map(Rows, (tags, entries, hops, seen, steering, devices))
+    return Flows(*rows, make_copies(None, steering))
 
 
 def places_of(nat_ports: np.ndarray, flows: Flows) -> np.ndarray:
@@ -120,16 +125,13 @@ def _is_worth(b, t, f, i):
         return False
     if b.flags[i] & (FLAG_FRAGMENT | FLAG_OPTIONS | FLAG_LOCAL | FLAG_RELATED | FLAG_AUDITED):
         return False
-    protocol = b.protocol[i]
+    protocol, con = b.protocol[i], t.connections[b.connection[i]]
     if protocol == wire.TCP:
-        record = t.connections.address + b.connection[i] * RECORD
-        if load8(record + STATE) != ESTABLISHED:
+        if con.state != ESTABLISHED:
             return False
     elif protocol != wire.UDP:
         return False
-    if b.source_port[i] == DNS or b.target_port[i] == DNS:
-        return False
-    if b.flags[i] & FLAG_NAT and (b.nat_ports[i] >> 16 == DNS or b.nat_ports[i] & ONES16 == DNS):
+    if con.flags & DNS and (con.names or con.egress_rule & NAMES):
         return False
     row = t.adjacencies[b.adjacency[i]]
     known = row.kind == ADJACENCY_POD or row.kind == ADJACENCY_NEXTHOP

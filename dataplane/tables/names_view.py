@@ -41,6 +41,7 @@ COUNTS = (
 NOTES = (
     "learned", "renewed", "names_full", "addresses_full", "address_names_full", "name_capped",
     "selectors_full", "queries_displaced", "contended", "expired", "kept",
+    "copies", "copies_lost",
 )  # fmt: skip
 _32, _1 = np.uint64(32), np.uint64(1)
 FLAGS = {

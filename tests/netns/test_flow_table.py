@@ -227,16 +227,23 @@ def test_of_a_large_packet_each_segment_has_to_fit(nodes, f):
 
 
 @BY_FAMILY
-def test_dns_and_icmp_are_for_the_stages(nodes, f):
+def test_icmp_is_for_the_stages(nodes, f):
     node = nodes()
-    for frame in (
-        sg.udp(sg.Ends(A[f], 40001, VIPS[f][5], 53), b"query"),
-        sg.udp(sg.Ends(A[f], 40001, B[f], 53), b"query"),
-        sg.udp(sg.Ends(A[f], 53, FAR[f], 999), b"answer"),
-        sg.echo(sg.Ends(A[f], 77, FAR[f], 77)),
+    frame = sg.echo(sg.Ends(A[f], 77, FAR[f], 77))
+    assert node.settle(POD_A, frame).sent
+    node.misses(frame)
+
+
+@BY_FAMILY
+def test_dns_that_no_policy_looks_into_is_a_flow_like_any_other(nodes, f):
+    """What becomes of its copies: test_dns_copies.py."""
+    node = nodes()
+    for e in (
+        sg.Ends(A[f], 40001, VIPS[f][5], 53),
+        sg.Ends(A[f], 40001, B[f], 53),
+        sg.Ends(A[f], 53, FAR[f], 999),
     ):
-        assert node.settle(POD_A, frame).sent
-        node.misses(frame)
+        node.same(sg.udp(e, b"query"))
 
 
 @BY_FAMILY

@@ -35,6 +35,7 @@ def world():
         reasons=np.zeros((2, 2, CONST["REASONS_MAX"]), DTYPE["reason_counter"]),
         port_counters=np.zeros((2, CONST["PORTS_MAX"]), DTYPE["port_counter"]),
         ports=np.zeros(CONST["PORTS_MAX"], DTYPE["port"]),
+        dns_notes=np.zeros(CONST["DNS_LANES"], DTYPE["naming_counter"]),
     )
     shm.ports["kind"][UPLINK], shm.ports["kind"][POD] = value("PORT_UPLINK"), value("PORT_POD")
     worker = SimpleNamespace(sockets={0: (Socket(), UPLINK), 1: (Socket(), POD)}, ended=deque())

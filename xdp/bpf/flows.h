@@ -10,7 +10,8 @@
  * The forwarder may rewrite an entry at any time, so all of it is copied before any of it is believed
  * (`sequence`), as a seqlock's reader does; torn or stale is a miss. What could change a connection's
  * state or needs more than a rewrite is a miss as well: TCP SYN, FIN and RST, fragments, IP options and extension
- * headers, an expiring TTL, packets larger than the way allows, ICMP, DNS. Checksums change by the
+ * headers, an expiring TTL, packets larger than the way allows, ICMP. DNS that policies look into has no entry,
+ * other DNS leaves a copy (copies.h). Checksums change by the
  * difference that the entry holds (RFC 1624 eqn. 3), so one that is wrong stays wrong and its
  * receiver drops it. A UDP checksum of zero stays zero (RFC 768, RFC 6936). The seqlock needs loads
  * that stay in order, as x86's do.
@@ -65,13 +66,12 @@ struct {
 #define FLOW_MIX_A 0x9E3779B97F4A7C15ULL
 #define FLOW_MIX_B 0xC2B2AE3D27D4EB4FULL
 #define FLOW_MIX_C 0xD6E8FEB86659FD93ULL
-#define DNS_PORT 53
 #define TCP_STATE_FLAGS 0x07 /* FIN, SYN, RST */
 #define ECN_MASK 3
 #define barrier() asm volatile("" ::: "memory")
 
-/* Packets that the programs have dropped, by enum program_drop; behind that, what of them the forwarders
- * have counted. */
+/* What the programs have dropped or lost, by enum program_drop; behind that, what of it the forwarders have
+ * counted. */
 struct {
   __uint(type, BPF_MAP_TYPE_ARRAY);
   __uint(max_entries, 2 * PROGRAM_DROPS);
@@ -79,6 +79,16 @@ struct {
   __type(key, __u32);
   __type(value, __u64);
 } program_drops SEC(".maps");
+
+static __always_inline void note_drop(__u32 why)
+{
+  __u64 *count = bpf_map_lookup_elem(&program_drops, &why);
+
+  if (count)
+    __sync_fetch_and_add(count, 1);
+}
+
+#include "copies.h"
 
 /* What a packet is looked up by, and what is needed of it to rewrite it. */
 struct flow_key {
@@ -160,10 +170,10 @@ static __always_inline int flow_key6(const struct ipv6hdr *ip, const void *end, 
   return 1;
 }
 
-/* The present entry of a key, copied; 0: there is none. The counters stay behind `live`. */
+/* The present entry of a key, copied, and its slot; 0: there is none. The counters stay behind `live`. */
 static __always_inline struct flow_entry *flow_find(const struct steering *s,
                                                     const struct flow_key *key,
-                                                    struct flow_entry *copy)
+                                                    struct flow_entry *copy, __u32 *found)
 {
   __u64 h = flow_hash(key, s->flow_seed);
   __u32 bucket = (__u32)h & s->flow_mask;
@@ -192,8 +202,10 @@ static __always_inline struct flow_entry *flow_find(const struct steering *s,
     if ((have[0] ^ key->source[0]) | (have[1] ^ key->source[1]) | (have[2] ^ key->target[0]) |
         (have[3] ^ key->target[1]) | (((have[4] ^ key->rest) & 0xffffffffffffULL)))
       continue;
-    if (copy->ifindex == key->ifindex && copy->generation == s->flow_generation + s->flow_tables)
+    if (copy->ifindex == key->ifindex && copy->generation == s->flow_generation + s->flow_tables) {
+      *found = slot;
       return live;
+    }
   }
   return 0;
 }
@@ -307,6 +319,25 @@ static __always_inline int flow_outer(void *eth, const void *end, const struct h
   return 1;
 }
 
+/* Offset of the UDP header of a packet whose IP header stands at l3. */
+static __always_inline __u32 flow_datagram(const struct flow_key *key, __u32 l3)
+{
+  return l3 + (key->four ? sizeof(struct iphdr) : sizeof(struct ipv6hdr));
+}
+
+/* Copy the DNS message of a frame; 0: it cannot be. */
+static __always_inline int flow_copy(struct xdp_md *ctx, const struct steering *s,
+                                     const struct flow_key *key, __u32 slot)
+{
+  __u32 at = flow_datagram(key, key->l3), length = key->length - (at - key->l3);
+  struct dns_copy *copy = copy_begin(key->source, slot, length);
+
+  if (!copy || bpf_xdp_load_bytes(ctx, at, copy->datagram, length))
+    return 0;
+  copy_end(s, copy, length);
+  return 1;
+}
+
 /* Put a hop's header in front of the IP packet that begins at byte HEADER; 0: it does not fit. */
 #define FLOW_PUT(size)                                                     \
   do {                                                                     \
@@ -314,14 +345,6 @@ static __always_inline int flow_outer(void *eth, const void *end, const struct h
       return XDP_ABORTED;                                                  \
     __builtin_memcpy(data, hop->header, (size));                           \
   } while (0)
-
-static __always_inline void note_drop(__u32 why)
-{
-  __u64 *count = bpf_map_lookup_elem(&program_drops, &why);
-
-  if (count)
-    __sync_fetch_and_add(count, 1);
-}
 
 /* Send a rewritten packet and count it. */
 static __always_inline int flow_send(struct flow_entry *live, __u32 port, const struct flow_key *key)
@@ -346,12 +369,12 @@ static __noinline int flow_forward(struct xdp_md *ctx, const struct steering *s,
   struct flow_entry e;
   struct flow_entry *live;
   struct hop *hop;
-  __u32 room, size;
+  __u32 room, size, slot;
   void *data, *end;
 
   if (!s || !key)
     return FLOW_MISS;
-  live = flow_find(s, key, &e);
+  live = flow_find(s, key, &e, &slot);
   if (!live)
     return FLOW_MISS;
   room = bpf_xdp_get_buff_len(ctx) - key->l3;
@@ -373,6 +396,8 @@ static __noinline int flow_forward(struct xdp_md *ctx, const struct steering *s,
       return FLOW_MISS;
   }
   if (size != sizeof(struct ethhdr) && size != 64 && size != 84)
+    return FLOW_MISS;
+  if (e.flags & FLOW_DNS && !flow_copy(ctx, s, key, slot))
     return FLOW_MISS;
   if (key->l3 != size && bpf_xdp_adjust_head(ctx, (int)key->l3 - (int)size))
     return FLOW_MISS;

@@ -105,6 +105,19 @@ static __always_inline int segment_fits(struct __sk_buff *skb, const struct flow
   return size <= hop->mtu;
 }
 
+/* Copy the DNS message of a packet; 0: it cannot be. */
+static __always_inline int segment_copy(struct __sk_buff *skb, const struct steering *s,
+                                        const struct flow_key *key, __u32 slot)
+{
+  __u32 at = flow_datagram(key, key->l3), length = key->length - (at - key->l3);
+  struct dns_copy *copy = copy_begin(key->source, slot, length);
+
+  if (!copy || skb->gso_size || bpf_skb_load_bytes(skb, at, copy->datagram, length))
+    return 0;
+  copy_end(s, copy, length);
+  return 1;
+}
+
 /* Forward a packet of a pod, if the table has its flow; FLOW_MISS: it has not, and nothing was changed. */
 static __noinline int segment_forward(struct __sk_buff *skb, const struct steering *s,
                                       const struct flow_key *key)
@@ -112,13 +125,13 @@ static __noinline int segment_forward(struct __sk_buff *skb, const struct steeri
   struct flow_entry e;
   struct flow_entry *live;
   struct hop *hop;
-  __u32 count, more, size, *device;
+  __u32 count, more, size, slot, *device;
   __u64 room = SEGMENT_ROOM;
   int done;
 
   if (!s || !key)
     return FLOW_MISS;
-  live = flow_find(s, key, &e);
+  live = flow_find(s, key, &e, &slot);
   if (!live)
     return FLOW_MISS;
   hop = bpf_map_lookup_elem(&hops, &e.hop);
@@ -127,6 +140,8 @@ static __noinline int segment_forward(struct __sk_buff *skb, const struct steeri
   device = bpf_map_lookup_elem(&flow_ifindexes, &hop->port);
   size = hop->header_length;
   if (!device || !*device || (size != sizeof(struct ethhdr) && size != 64 && size != 84))
+    return FLOW_MISS;
+  if (e.flags & FLOW_DNS && !segment_copy(skb, s, key, slot))
     return FLOW_MISS;
   room |= size == 84 ? BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 : BPF_F_ADJ_ROOM_ENCAP_L3_IPV4;
   if (size != sizeof(struct ethhdr) &&
