@@ -6,9 +6,9 @@ increments it afterwards.
 Theory. Tags, entries and hops are BPF arrays that numpy maps, so workers install without a system
 call (kernels/flows.py). What has been read of each entry's counters is kept in the tables' folder.
 So XDP goes on forwarding established flows while no forwarder runs, and the next one takes maps and
-counters up as they stand (`taken`), but for what its predecessor had in hand. A port takes part
-only while its device takes what is redirected to it (xdp/netdev.py); `devices` says so to the
-kernels, the device map to XDP. With generation 0 the table is off and XDP looks nothing up.
+counters up as they stand (`taken`), but for what its predecessor had in hand. Any device takes what
+programs at tc redirect to it, not all take what XDP does (xdp/netdev.py); `devices` says so to the
+kernels, two maps to the programs. With generation 0 the table is off and nothing is looked up.
 """
 
 import secrets
@@ -32,6 +32,7 @@ WAYS = CONST["FLOW_WAYS"]
 LINE = np.dtype(f"V{4 * WAYS}")
 MAPS = ("steering", "flow_tags", "flow_entries", "hops", "flow_devices", "flow_ifindexes",
         "program_drops", "dns_copies")  # fmt: skip
+BY_XDP, BY_TC = 1 << value("HOOK_XDP"), 1 << value("HOOK_TC")
 WRITTEN, LIVE = value("FLOW_WRITTEN"), value("FLOW_LIVE")
 NO_DEVICE = [value("DROP_UPLINK_NO_DEVICE"), value("DROP_POD_NO_DEVICE")]
 RESTING, RECORD_LIVE = value("FLOW_RESTING"), value("RECORD_LIVE")
@@ -149,19 +150,23 @@ class FlowTable:
         renew(self.flows)
 
     def follow(self, ports: Mapping[int, int]) -> None:
-        """Let packets be redirected to those ports (index: ifindex) whose devices take them now."""
+        """Let packets be redirected to ports (index: ifindex), by XDP if their devices take it."""
         targets = redirect_targets() if ports else frozenset()
         for port, ifindex in ports.items():
-            if (ifindex in targets) != bool(self.devices[port]):
-                self._open(port, ifindex) if ifindex in targets else self.close(port)
+            takes, took = BY_TC | (BY_XDP if ifindex in targets else 0), int(self.devices[port])
+            if took & ~takes:
+                self.close(port)
+            if took != takes:
+                self._open(port, ifindex, takes)
 
-    def _open(self, port: int, ifindex: int) -> None:
+    def _open(self, port: int, ifindex: int, takes: int) -> None:
         try:
-            self._bpf.maps["flow_devices"].update(port, ifindex)
+            if takes & BY_XDP:
+                self._bpf.maps["flow_devices"].update(port, ifindex)
             self._bpf.maps["flow_ifindexes"].update(port, ifindex)
         except KernelError:
             return  # the device is gone again
-        self.devices[port] = 1
+        self.devices[port] = takes
 
     def close(self, port: int) -> None:
         """Redirect nothing to a port any more."""
@@ -186,5 +191,5 @@ class FlowTable:
             "slots": self.slots,
             "packets": self.packets,
             "faults": int(self.drops[NO_DEVICE].sum()),
-            "ports": int(self.devices.sum()),
+            "ports": int(np.count_nonzero(self.devices)),
         }

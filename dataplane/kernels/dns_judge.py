@@ -17,7 +17,7 @@ from dataplane.kernels.dns_learned import scope_of
 from dataplane.kernels.dns_names import SELECTORS, name_of, refresh, select
 from dataplane.kernels.dns_queries import AGAIN, DISPLACED, note_query
 from dataplane.kernels.dns_tell import tell_query, tell_refusal
-from dataplane.kernels.house import inline, load16be, load64, outline
+from dataplane.kernels.house import inline, load16be, load64
 from dataplane.kernels.naming import S_HASHES, S_NAME, S_OFFSETS
 from dataplane.kernels.policy import NAMES_ONLY
 from dataplane.kernels.route import peer_of

@@ -26,7 +26,7 @@ from dataplane.kernels.dns_learned import (
 from dataplane.kernels.dns_names import find_name, hash_ends, make_name
 from dataplane.kernels.dns_queries import NONE, free_query, take_query
 from dataplane.kernels.dns_tell import tell_answer
-from dataplane.kernels.house import inline, load16be, outline
+from dataplane.kernels.house import inline, load16be
 from dataplane.kernels.naming import ADDRESSES_MOST, S_HASHES, S_NAME, S_OFFSETS
 from dataplane.kernels.policy import NAMES
 from xdp.abi import CONST

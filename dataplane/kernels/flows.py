@@ -96,7 +96,7 @@ class Flows(NamedTuple):
     hops: Rows  # hop[ADJACENCIES_MAX]
     seen: Rows  # flow_seen[slots]
     steering: Rows  # steering[1]
-    devices: Rows  # uint8[PORTS_MAX]: 1: takes what XDP redirects to it
+    devices: Rows  # uint8[PORTS_MAX]: bits 1 << enum port_hook: what programs there may send to it
     copies: Rows  # int64[COPIES_WORDS]: the ring of copies of DNS messages
 
 
@@ -116,6 +116,12 @@ def places_of(nat_ports: np.ndarray, flows: Flows) -> np.ndarray:
     return np.array(
         [nat_ports.ctypes.data, flows.tags.address, flows.seen.address, generation], np.int64
     )
+
+
+@inline
+def _takes(t, f, port, ingress):
+    """Whether a port takes what the program of another one redirects."""
+    return f.devices[port] >> t.ports[ingress].hook & 1 != 0
 
 
 @inline
@@ -139,7 +145,7 @@ def _is_worth(b, t, f, i):
         return False
     if row.kind == ADJACENCY_TUNNEL and b.flags[i] & FLAG_DECAPSULATED:
         return False
-    return f.devices[row.port] != 0
+    return _takes(t, f, row.port, b.ingress[i])
 
 
 @outline
@@ -246,9 +252,10 @@ def _way_back(b, t, f, i):
     if t.adjacencies[b.adjacency[i]].kind != ADJACENCY_POD:
         return np.int64(-1)
     back = np.int64(lookup(t, b.kind[i], b.source_hi[i], b.source_lo[i]))
-    if t.adjacencies[back].kind != ADJACENCY_POD or f.devices[t.adjacencies[back].port] == 0:
+    ingress = t.adjacencies[b.adjacency[i]].port
+    if t.adjacencies[back].kind != ADJACENCY_POD:
         return np.int64(-1)
-    return back
+    return back if _takes(t, f, t.adjacencies[back].port, ingress) else np.int64(-1)
 
 
 @inline

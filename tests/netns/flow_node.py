@@ -18,7 +18,7 @@ from tests.netns.wire import Wire
 from tests.places import placed
 from tests.worlds import UPLINK, World
 from xdp import artifacts
-from xdp.abi import CONST, DTYPE
+from xdp.abi import CONST, DTYPE, value
 from xdp.object import BpfObject, ObjectSpec
 from xdp.run import prog_run, prog_run_skb
 
@@ -64,7 +64,8 @@ class FlowNode:
             for port in range(4):
                 self.bpf.maps["flow_devices"].update(port, self.wire.ifindex)
                 self.bpf.maps["flow_ifindexes"].update(port, self.wire.ifindex)
-        self.table.devices[:4] = 1
+        self.table.devices[:4] = flowtable.BY_XDP | flowtable.BY_TC
+        world.shm.ports["hook"][[w.POD_A, w.POD_B]] = value(f"HOOK_{hook.upper()}")
         self._steer()
         world.restart()
 

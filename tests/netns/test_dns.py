@@ -254,6 +254,32 @@ def test_an_upgrade_loses_no_query_that_a_client_asks_again(world):
     assert _fetches(world.genai, NAME, 4, "10")
 
 
+def _notes(node) -> dict[str, int]:
+    return node.ask("status")["forwarder"]["names"]
+
+
+def _asked(node, pod: str) -> int:
+    """Queries of a pod that were counted, and answered."""
+    rows = {row["pod"]: row for row in node.ask("dns", "top", "--by", "pod")}
+    assert rows[pod]["queries"] == rows[pod]["answers"] + rows[pod]["retries"]
+    return rows[pod]["queries"]
+
+
+def test_without_names_in_its_policies_a_pods_dns_needs_no_forwarder(world):
+    """kill -9 under dnsperf: no query is lost, and none goes uncounted though nobody was there."""
+    node = world.nodes[0]
+    assert _dig(world.free, NAME)[0] == "NOERROR"
+    before, notes = _asked(node, "default/free"), _notes(node)
+    flood = _flood(world.free, Path(world.lab.folder), 8)
+    eventually(lambda: _notes(node)["copies"] > notes["copies"] + 1000, "copies", 10)
+    node.kill_forwarder()
+    sent, lost = _lost(flood.wait(60))
+    assert sent > 5000
+    assert lost == 0
+    eventually(lambda: _asked(node, "default/free") == before + sent, "every query", 30)
+    assert _notes(node)["copies_lost"] == notes["copies_lost"]
+
+
 def test_names_survive_the_forwarder(world):
     node = world.nodes[0]
     assert _fetches(world.genai, NAME, 4, "10")

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dataplane.engine import flowtable
 from tests import segments as sg
 from tests import worlds as w
 from tests.netns.flow_node import SHOT, SLOTS, TC_REDIRECT, FlowNode
@@ -224,6 +225,17 @@ def test_of_a_large_packet_each_segment_has_to_fit(nodes, f):
     assert len(ran.data) == len(frame)  # the rest is as of any packet
     node.collect()
     assert node.table.packets - before == 2
+
+
+def test_a_device_that_takes_no_frames_from_xdp_takes_packets_from_tc(nodes):
+    """A veth whose other end has neither XDP nor GRO; some drivers."""
+    node = nodes()
+    node.table.devices[UPLINK] = flowtable.BY_TC
+    try:
+        frame = sg.udp(sg.Ends(A[4], 40001, FAR[4], HTTP), b"out")
+        node.same(frame) if node.hook == "tc" else node.misses(frame)
+    finally:
+        node.table.devices[UPLINK] |= flowtable.BY_XDP
 
 
 @BY_FAMILY
