@@ -131,7 +131,8 @@ class FlowNode:
         self.table.collect(self.world.tables, self.world.now)
 
     def forget(self) -> None:
-        """Start with no connection and an empty table."""
+        """Start with no connection, an empty table, and devices that take everything."""
+        self.table.devices[:4] = flowtable.BY_XDP | flowtable.BY_TC
         self.bpf_clear()
         self.world.now += 10 * w.SECOND
         self.world.forget()
