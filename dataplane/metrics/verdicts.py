@@ -26,6 +26,7 @@ from xdp.abi import CONST, value
 NEW, DROP = value("EVENT_NEW"), value("EVENT_DROP")
 REFUSED = (value("REASON_POLICY_DENIED"), value("REASON_POLICY_DENIED_BY_RULE"))
 AUDITED = CONST["CONNECTION_FLAG_AUDITED"]
+ACTION, ALLOW = CONST["POLICY_ACTION_MASK"], CONST["POLICY_ALLOW"]
 HOST = value("IDENTITY_HOST")
 MATCHES = {0: "none", 1: "l3-only", 2: "l3-l4", 3: "l4-only", 4: "all", 5: "l3-proto",
            6: "proto-only"}  # fmt: skip
@@ -55,11 +56,11 @@ class VerdictCounter:
         judged = rows["source_identity"] != HOST
         new = judged & (rows["kind"] == NEW)
         drop = judged & (rows["kind"] == DROP) & np.isin(rows["reason"], REFUSED)
-        audited = np.where(rows["flags"] & AUDITED != 0, 1, 0)
         once = np.ones(len(rows), np.int64)
         parts = []
         for way, word in enumerate((rows["egress_rule"], rows["ingress_rule"])):
             some = new & (word >> RULE_SHIFT != 0)
+            audited = (rows["flags"] & AUDITED != 0) & (word & ACTION != ALLOW)
             parts.append((some, word, audited, way, once))
         parts.append((drop, rows["egress_rule"], np.full(len(rows), 2), 0, rows["packets"]))
         for some, word, action, way, packets in parts:

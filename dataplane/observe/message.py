@@ -30,6 +30,7 @@ PORT_TAKEN, HAIRPIN = CONST["CONNECTION_FLAG_PORT_TAKEN"], CONST["CONNECTION_FLA
 TCP_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
 SHOWN_FLAGS = ("SYN", "ACK", "RST", "FIN", "PSH", "URG", "ECE", "CWR")
 CLUSTER = "default"
+ACTION, ALLOW = CONST["POLICY_ACTION_MASK"], CONST["POLICY_ALLOW"]
 _POINT_NAMES = {
     views.TO_ENDPOINT: "TO_ENDPOINT", views.TO_STACK: "TO_STACK",
     views.TO_OVERLAY: "TO_OVERLAY", views.TO_NETWORK: "TO_NETWORK",
@@ -214,7 +215,8 @@ class Flows:
             if about is None:
                 continue
             way = about.get("direction", way) if refused else way
-            listed = getattr(flow, f"{way}_{'denied' if refused else 'allowed'}_by")
+            denies = refused or row[member] & ACTION != ALLOW  # it would, but for audit
+            listed = getattr(flow, f"{way}_{'denied' if denies else 'allowed'}_by")
             matches.append(_tell(listed, about))
             if about.get("log"):
                 flow.policy_log.append(about["log"])

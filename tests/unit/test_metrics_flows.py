@@ -135,14 +135,14 @@ def test_verdicts_of_policies(shm, tmp_path):
     new = {"kind": NEW, "port": 1, "target_lo": THERE, "ingress_rule": 1, "egress_rule": passed}
     drop = {"kind": DROP, "port": 2, "target_lo": HERE, "reason": DENIED, "egress_rule": refused,
             "packets": 3}  # fmt: skip
-    audited = {**new, "flags": CONST["CONNECTION_FLAG_AUDITED"]}
+    audited = {**new, "flags": CONST["CONNECTION_FLAG_AUDITED"], "ingress_rule": refused | 2}
     tell(shm, new, new, drop, audited, {**drop, "reason": value("REASON_MULTICAST")})
     tell(shm, {**drop, "source_identity": value("IDENTITY_HOST")}, {**new, "egress_rule": 1})
     found = counted(one)
     verdicts = {key[1:]: n for key, n in found.items() if key[0] == "policy_verdicts_total"}
     assert verdicts == {
-        ("default/web", "", "egress", "l3-l4", "forwarded"): 2,
-        ("default/web", "", "egress", "l3-l4", "audit"): 1,
+        ("default/web", "", "egress", "l3-l4", "forwarded"): 3,
+        ("default/web", "", "ingress", "none", "audit"): 1,
         ("", "default/web", "ingress", "none", "dropped"): 3,
     }
     book.close()

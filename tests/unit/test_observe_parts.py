@@ -284,6 +284,14 @@ def test_compact_lines(folder):
     assert "to-overlay FORWARDED (UDP; ended after 0.0 s, 1 packets 0 bytes there" in end
 
 
+def test_an_audited_verdict_names_who_would_deny(folder):
+    rows = {"egress_rule": 9 << 8 | 1, "ingress_rule": 9 << 8 | 2,
+            "flags": CONST["CONNECTION_FLAG_AUDITED"]}  # fmt: skip
+    (line,) = lines(folder, "compact", rows, policies=True)
+    assert "AUDITED (TCP Flags: SYN) EGRESS ALLOWED BY NetworkPolicy shop/db" in line
+    assert line.endswith("INGRESS DENIED BY NetworkPolicy shop/db")
+
+
 @pytest.mark.parametrize(("direct", "point"), [(False, "to-overlay"), (True, "to-network")])
 def test_where_packets_for_another_node_go(folder, monkeypatch, direct, point):
     monkeypatch.setattr(WHO, "direct", direct)
