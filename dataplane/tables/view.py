@@ -18,6 +18,7 @@ from xdp.abi import CONST, ENUM, reason_text, value
 
 DROPS = 130  # reasons from here on are drops
 DROP = value("EVENT_DROP")
+ICMP = (1, 58)  # protocols whose type stands in the place of a port
 DROPS_READ = 16384  # of each ring
 _DROP_KEY = (
     "source_hi", "source_lo", "target_hi", "target_lo", "source_port", "target_port", "protocol",
@@ -110,7 +111,7 @@ def workers(shm: Shm) -> list[dict[str, Any]]:
 
 
 def flows(shm: Shm, limit: int = 50) -> list[dict[str, Any]]:
-    """Return the latest flows, newest first: connections, and what was dropped."""
+    """Return the latest flows, newest first: connections, and what was dropped (ICMP: its type)."""
     names = [row["name"].decode() for row in shm.ports]
     now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     found = [_dropped(row, names, now) for row in _drops(shm, limit)]
@@ -142,7 +143,7 @@ def _dropped(row: np.void, names: list[str], now: int) -> dict[str, Any]:
         "source": source,
         "source_port": int(row["source_port"]),
         "destination": target,
-        "destination_port": int(row["target_port"]),
+        "destination_port": int(row["target_port"]) >> (8 if row["protocol"] in ICMP else 0),
         "protocol": PROTOCOLS.get(protocol, str(protocol)) if row["family"] else "",
         "verdict": "DROPPED",
         "reason": reason_text(int(row["reason"])),

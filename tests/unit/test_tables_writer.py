@@ -321,6 +321,8 @@ def test_views_are_plain_data(shm):
         found = view.flows(reader)[0]
         assert (found["source"], found["destination"]) == ("10.9.0.2", "10.9.0.3")
         assert (found["protocol"], found["ingress"]) == ("tcp", "pst1")
+        flow["protocol"], flow["target_port"] = 58, 143 << 8 | 1
+        assert view.flows(reader)[0]["destination_port"] == 143, "ICMP: the type"
 
 
 def test_every_array_is_named_in_the_class():
