@@ -170,7 +170,7 @@ def _colored(choice: str) -> bool:
 
 def _exclusive(options: dict[str, Any]) -> None:
     """Refuse what excludes each other."""
-    last = options["last"] is not None
+    last = bool(options["last"])
     table = options["output"] in ("table", "tab")
     masked = options["field_mask"] and options["output"] not in ("json", "jsonpb", "JSON")
     for wrong, text in (
@@ -215,7 +215,7 @@ def _request(options: dict[str, Any]) -> Any:
         request.number, request.first = options["first"], True
     elif options["everything"]:
         request.number = (1 << 63) - 1
-    elif options["last"] is not None:
+    elif options["last"]:
         request.number = options["last"]
     elif not (options["follow"] or options["since"] or options["until"] or _text(options)):
         request.number = LAST
