@@ -36,13 +36,22 @@ class Question:
 
 def question(request: Any) -> Question:
     """Return what a GetFlowsRequest asks for. Raises FilterError."""
-    since = request.since.ToNanoseconds() if request.HasField("since") else ALL_NS[0]
-    until = request.until.ToNanoseconds() if request.HasField("until") else ALL_NS[1]
+    since, until = (
+        _nanoseconds(request, name) if request.HasField(name) else otherwise
+        for name, otherwise in zip(("since", "until"), ALL_NS, strict=True)
+    )
     if since > until:
         raise FilterError(f"since ({since} ns) is behind until ({until} ns)")
     if request.first and request.follow:
         raise FilterError("first and follow exclude each other")
     return Question(request.number, request.first, since, until, request.follow)
+
+
+def _nanoseconds(request: Any, name: str) -> int:
+    try:
+        return int(getattr(request, name).ToNanoseconds())
+    except ValueError as error:
+        raise FilterError(f"{name}: {error}") from error
 
 
 def field_mask(request: Any) -> Any:

@@ -158,6 +158,8 @@ def test_a_field_mask_leaves_out_the_rest(node):
         ({"whitelist": [C["Filter"](cel=C["Cel"](cel=["true"]))]}, "experimental"),
         ({"first": True, "follow": True}, "first and follow"),
         ({"since": C["Stamp"](seconds=9), "until": C["Stamp"](seconds=8)}, "behind"),
+        ({"since": C["Stamp"](seconds=10**12)}, "since: Timestamp is not valid"),
+        ({"until": C["Stamp"](nanos=-5)}, "until: Timestamp is not valid"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_by_name(node, asked, words):
