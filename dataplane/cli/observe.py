@@ -23,7 +23,7 @@ SHORT = {"-t": "type", "-n": "namespace", "-l": "label", "-A": "all-namespaces",
 RARE = ("http-", "trace-id", "ip-trace-id", "cel-expression", "encrypted", "unencrypted")
 TIMES = click.Choice(
     ["StampMilli", "YearMonthDay", "YearMonthDayHour", "YearMonthDayHourMinute", "RFC3339",
-     "RFC3339Milli", "RFC3339Micro", "RFC3339Nano", "RFC1123Z"]
+     "RFC3339Milli", "RFC3339Micro", "RFC3339Nano", "RFC1123Z"], case_sensitive=False,
 )  # fmt: skip
 HELP = {
     "pod": "[NAMESPACE/]PREFIX of a pod's name, namespace default otherwise.",
@@ -88,14 +88,15 @@ def _filter_options(function: Callable) -> Callable:
 @click.option("--first", type=click.IntRange(1), help="The first so many.")
 @click.option("--all", "everything", is_flag=True, help="All that are kept.")
 @click.option("-f", "--follow", is_flag=True, help="Then what comes.")
-@click.option("--since", help="Ago (5m), or a time (RFC 3339).")
+@click.option("--since", help="Ago (5m), or a time (RFC 3339, UTC without a zone).")
 @click.option("--until", help="As --since.")
 @_filter_options
 @click.option("--allowlist", multiple=True, help="flow.FlowFilters in JSON: any of these.")
 @click.option("--denylist", multiple=True, help="And none of these.")
 @click.option("-o", "--output", default="compact", show_default=True, metavar="[compact|dict|json|"
               "jsonpb|table]", type=click.Choice(FORMS))  # fmt: skip
-@click.option("--time-format", default="StampMilli", show_default=True, type=TIMES)
+@click.option("--time-format", default="StampMilli", show_default=True, type=TIMES,
+              help="Of times, which are UTC; JSON has its own.")  # fmt: skip
 @click.option("--print-node-name", is_flag=True, help="Show the node.")
 @click.option("--print-policy-names", is_flag=True, help="Show which policies decided.")
 @click.option("--ip-translation/--no-ip-translation", default=True, help="Names for addresses.")

@@ -9,13 +9,13 @@ is a dropped request. In columns a message is a row like any other, of kind DNS;
 Missing answers are no messages: `penstock dns` shows them.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from dataplane.observe.columns import FIELDS, NOBODY, REPLY, Columns
+from dataplane.observe.expressions import compiled
 from dataplane.tables.connection_view import NUMBERS
 from dataplane.tables.dns_events import DnsEvents
 from dataplane.tables.names import spelled
@@ -171,8 +171,8 @@ def _long(rcode: int) -> str:
 def queries(
     patterns: Sequence[str], get: Callable[[int], dict[str, Any] | None]
 ) -> Callable[[Columns], np.ndarray]:
-    """Return a test for messages whose name one of the expressions finds. Raises re.error."""
-    some = [re.compile(text) for text in patterns]
+    """Return a test for messages whose name one of the expressions finds. Raises ValueError."""
+    some = [compiled(text) for text in patterns]
 
     def test(flows: Columns) -> np.ndarray:
         good = np.zeros(flows.count, bool)

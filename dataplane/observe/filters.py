@@ -22,6 +22,7 @@ from dataplane.observe.columns import AUDITED, DROP, NEW, Columns
 from dataplane.observe.directory import Directory, End
 from dataplane.observe.dns import DNS, queries
 from dataplane.observe.dns import REASON as REFUSED
+from dataplane.observe.expressions import compiled
 from dataplane.observe.message import CLUSTER, TCP_FLAGS
 from dataplane.observe.protocol import enum
 from dataplane.tables.connection_view import MASK64, NUMBERS
@@ -261,7 +262,7 @@ class Filter:
     def _dns_query(self, value: Sequence[str]) -> Test:
         try:
             return queries(value, self._book.message)
-        except re.error as error:
+        except ValueError as error:
             raise FilterError(f"dns_query: {error}") from error
 
     def _tcp_flags(self, value: Sequence[Any]) -> Test:
@@ -407,15 +408,15 @@ def _pattern(text: str) -> str:
     return re.escape(bare).replace(r"\*", "[-.0-9a-z]*")
 
 
-def fqdn_pattern(value: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{_pattern(text)})" for text in value))
+def fqdn_pattern(value: Sequence[str]) -> Any:
+    return compiled("|".join(f"(?:{_pattern(text)})" for text in value))
 
 
-def node_pattern(text: str) -> re.Pattern[str]:
+def node_pattern(text: str) -> Any:
     """Return the expression of [cluster/]node."""
     cluster, _, node = text.rpartition("/")
     if not text or "/" in cluster:
         raise FilterError(f"invalid node name pattern {text!r}: must be [cluster/]node")
     any_name = "[-.0-9a-z]*"
     parts = (_pattern(cluster) if cluster else any_name, _pattern(node) if node else any_name)
-    return re.compile("/".join(parts))
+    return compiled("/".join(parts))

@@ -9,7 +9,6 @@ that we do not know are passed over, so files of other programs can be read.
 """
 
 import json
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from ipaddress import ip_address, ip_network
@@ -19,6 +18,7 @@ from typing import Any
 from google.protobuf import json_format
 
 from dataplane.observe import selectors
+from dataplane.observe.expressions import compiled
 from dataplane.observe.filters import FilterError, fqdn_pattern, named, node_pattern
 from dataplane.observe.message import CLUSTER
 from dataplane.observe.protocol import message, pool
@@ -269,8 +269,8 @@ def _interface(value: Any) -> Test:
 
 def _query(value: Any) -> Test:
     try:
-        some = [re.compile(text) for text in value]
-    except re.error as error:
+        some = [compiled(text) for text in value]
+    except ValueError as error:
         raise FilterError(f"dns_query: {error}") from error
     return lambda flow: (
         flow.l7.HasField("dns") and any(one.search(flow.l7.dns.query) for one in some)

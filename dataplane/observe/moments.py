@@ -1,6 +1,6 @@
 """Times as people write them, and as lines show them: those of `hubble observe`.
 
-Rule: what `observe` prints can be given to --since; what has no zone is local time.
+Rule: what `observe` prints can be given to --since; what has no zone is UTC.
 
 Theory. A time is "5m" (ago), one of Hubble's formats, or what ISO 8601 allows. StampMilli, which
 lines have unless told otherwise, names no year: the last such moment is meant.
@@ -17,30 +17,23 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def _iso(at: datetime, spec: str) -> str:
-    return at.isoformat(timespec=spec).replace("+00:00", "Z")
-
-
-def _nano(at: datetime, nanos: int) -> str:
-    date, _, zone = _iso(at, "seconds").partition("+")
-    fraction = f".{nanos:09}".rstrip("0").rstrip(".")
-    if not zone:
-        return f"{date.removesuffix('Z')}{fraction}Z"
-    return f"{date}{fraction}+{zone}"
+def _second(at: datetime, nanos: int, digits: int) -> str:
+    """Return RFC 3339 with at most so many digits below the second, none of them a last 0."""
+    return f"{at:%Y-%m-%dT%H:%M:%S}{f'.{nanos:09}'[: digits + 1].rstrip('0').rstrip('.')}Z"
 
 
 FORMATS: dict[str, Callable[[datetime, int], str]] = {
     "StampMilli": lambda at, ns: f"{at:%b} {at.day:2} {at:%H:%M:%S}.{ns // 1_000_000:03}",
     "YearMonthDay": lambda at, ns: f"{at:%Y-%m-%d}",
-    "YearMonthDayHour": lambda at, ns: _iso(at, "hours"),
-    "YearMonthDayHourMinute": lambda at, ns: _iso(at, "minutes"),
-    "RFC3339": lambda at, ns: _iso(at, "seconds"),
-    "RFC3339Milli": lambda at, ns: _iso(at, "milliseconds"),
-    "RFC3339Micro": lambda at, ns: _iso(at, "microseconds"),
-    "RFC3339Nano": _nano,
+    "YearMonthDayHour": lambda at, ns: f"{at:%Y-%m-%dT%H}Z",
+    "YearMonthDayHourMinute": lambda at, ns: f"{at:%Y-%m-%dT%H:%M}Z",
+    "RFC3339": lambda at, ns: _second(at, 0, 0),
+    "RFC3339Milli": lambda at, ns: _second(at, ns, 3),
+    "RFC3339Micro": lambda at, ns: _second(at, ns, 6),
+    "RFC3339Nano": lambda at, ns: _second(at, ns, 9),
     "RFC1123Z": lambda at, ns: format_datetime(at),
 }
-"""Of a time and its nanoseconds."""
+"""Of a time in UTC and its nanoseconds."""
 
 
 def moment(text: str, now: datetime | None = None) -> datetime:
@@ -57,9 +50,9 @@ def moment(text: str, now: datetime | None = None) -> datetime:
             at = read(text)
         except ValueError:
             continue
-        return at if at.tzinfo else at.astimezone()
+        return at if at.tzinfo else at.replace(tzinfo=UTC)
     try:
-        at = datetime.strptime(f"{now.year} {text}", "%Y %b %d %H:%M:%S.%f").astimezone()
+        at = datetime.strptime(f"{now.year} {text}", "%Y %b %d %H:%M:%S.%f").replace(tzinfo=UTC)
     except ValueError as error:
         raise FilterError(f"{text!r} is no time: 5m, 2026-11-25T10:00:00Z") from error
     return at if at <= now + timedelta(days=1) else at.replace(year=at.year - 1)

@@ -3,12 +3,13 @@
 Rule: one answer of the server is one line (dict: one block); JSON is the protocol's own mapping.
 
 Theory. Words and their order are those that people and scripts know: a reply is turned round and
-its arrow, too; a direction that is not known is `<>`. json and jsonpb are the same, as there.
+its arrow, too; a direction that is not known is `<>`. Times are UTC. json and jsonpb are the same,
+as there.
 """
 
 import json
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf import json_format
@@ -69,8 +70,11 @@ class Printer:
             else:
                 yield self._line(answer)
 
-    def _when(self, stamp: Any) -> str:
-        at = datetime.fromtimestamp(stamp.seconds).astimezone()
+    def _when(self, answer: Any) -> str:
+        if not answer.HasField("time"):
+            return "N/A"
+        stamp = answer.time
+        at = datetime.fromtimestamp(stamp.seconds, UTC)
         return self._time(at.replace(microsecond=stamp.nanos // 1000), stamp.nanos)
 
     def _paint(self, what: str, text: str) -> str:
@@ -109,7 +113,7 @@ class Printer:
     def _cells(self, answer: Any) -> list[str]:
         flow, said = answer.flow, verdict(answer.flow)
         return [
-            self._when(answer.time),
+            self._when(answer),
             answer.node_name,
             *self._ends(flow),
             flow_type(flow),

@@ -2,12 +2,14 @@
 
 import time
 
+import grpc
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from dataplane.cli.main import main
-from dataplane.observe import dns
+from dataplane.observe import dns, expressions
+from dataplane.observe.filters import fqdn_pattern, node_pattern
 from tests.hubble import Node, filters
 from xdp.abi import CONST, value
 
@@ -89,6 +91,7 @@ def test_messages_as_the_protocol_has_them(node):
         ({"verdict": [2]}, [3]),
         ({"dns_query": ["^a"]}, [1, 2]),
         ({"dns_query": ["b", r"c\."]}, [3, 4]),
+        ({"dns_query": [r"(([a-z]+)+)+\.$"]}, [1, 2, 3, 4]),
         ({"source_pod": ["shop/web"]}, [0, 1, 3]),
     ],
 )
@@ -128,3 +131,21 @@ def test_what_was_overwritten_is_counted_and_what_is_kept_is_bounded(tmp_path, m
     assert len(flows) == 9
     assert [bool(flow.l7.dns.query) for flow in flows] == [False] * 5 + [True] * 4
     node.close()
+
+
+BAD = {"(a": "missing )", r"(a)\1": r"\1", "(?=a)": "(?=", "a{1001}": "{1001}"}
+
+
+@pytest.mark.parametrize(("pattern", "named"), BAD.items())
+def test_a_pattern_that_is_none_is_an_error_with_its_text(node, pattern, named):
+    with pytest.raises(grpc.RpcError) as raised:
+        node.flows(whitelist=filters(dns_query=[pattern]))
+    assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "dns_query" in raised.value.details() and named in raised.value.details()
+
+
+def test_no_pattern_holds_a_thread():
+    """Each of these would take Python's own expressions longer than the universe has lasted."""
+    assert not expressions.compiled("^(([a-z]+)+)+$").search("a" * 250 + ".")
+    assert not fqdn_pattern(["*a" * 60 + "*b"]).fullmatch("a" * 250)
+    assert not node_pattern("*a" * 60 + "*b").fullmatch("default/" + "a" * 250)
