@@ -20,16 +20,17 @@ export PYTHONPATH := $(CURDIR)
 # Debian packages, by what needs them.
 PACKAGES_RUN   := clang llvm gcc libc6-dev libbpf-dev libelf-dev zlib1g-dev linux-libc-dev \
                   python3 python3-venv python3-dev iproute2 ethtool iputils-ping curl iperf3 procps ca-certificates libpcap0.8 \
-                  dnsmasq-base bind9-dnsutils dnsperf
+                  bind9-dnsutils dnsperf libevent-2.1-7 libnghttp2-14 libprotobuf-c1 libpython3.11
 PACKAGES_TEST  := tshark chromium-headless-shell podman containerd runc containernetworking-plugins busybox-static tcpdump nftables \
-                  iputils-arping ndisc6 util-linux git openssl shellcheck unbound
+                  iputils-arping ndisc6 util-linux git openssl shellcheck dnsmasq-base
 PACKAGES_BENCH := dpdk-dev librte-net-af-xdp23 librte-net-af-packet23 nftables dnsperf dnsmasq-base \
                   libunbound8 libxdp1 libcap-ng0 libnuma1 linux-perf
 # Chromium is 100 MB to fetch: the only judge of the web page that is not ours.
-# The packages of Open vSwitch and Prometheus would start services and enable them for ever: they are
+# The packages of Open vSwitch, Prometheus and unbound would start services and enable them for ever: they are
 # unpacked, not installed.
 PACKAGES_OVS   := openvswitch-switch openvswitch-common
 PACKAGES_PROM  := prometheus
+PACKAGES_DNS   := unbound
 
 CLANG      ?= clang
 CC         ?= gcc
@@ -42,7 +43,7 @@ PROGRAMS   := $(addprefix $(BUILD)/bin/,penstock-cni penstock-rr penstock-frames
 define unpack
 	rm -rf $@.part && mkdir -p $@.part
 	cd $@.part
-	if apt-get download -q $(1) >>../apt.log 2>&1; then
+	if { apt-get download -q $(1) || { apt-get update -q && apt-get download -q $(1); }; } >>../apt.log 2>&1; then
 	  for package in *.deb; do dpkg-deb -x "$$package" . && rm "$$package"; done
 	else
 	  echo "$(1) cannot be fetched (build/apt.log): what needs it will be skipped"
@@ -68,13 +69,13 @@ build: setup $(BPF_OBJECTS) $(PROGRAMS) $(DESCRIPTORS) ## Compile BPF programs, 
 warm: build ## Compile the numba kernels into the cache (with progress)
 	$(BIN)/python -m dataplane.engine.warm
 
-run: warm ## Two nodes, four pods: ping, curl, iperf3, a service, a policy; a live view (ONCE=1 exits)
+run: warm $(BUILD)/unbound ## Two nodes, four pods: ping, curl, iperf3, a service, a policy; a live view (ONCE=1 exits)
 	$(BIN)/python -m bench.demo $(if $(ONCE),--once)
 
-test: $(STAMP_TEST) $(BUILD)/prometheus warm ## The whole suite (root tests run in fresh network namespaces)
+test: $(STAMP_TEST) $(BUILD)/prometheus $(BUILD)/unbound warm ## The whole suite (root tests run in fresh network namespaces)
 	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile $(PYTEST)
 
-test-again: $(STAMP_TEST) $(BUILD)/prometheus warm ## Only the tests that failed last time
+test-again: $(STAMP_TEST) $(BUILD)/prometheus $(BUILD)/unbound warm ## Only the tests that failed last time
 	$(BIN)/python -m pytest tests --last-failed --last-failed-no-failures none $(PYTEST)
 
 lint: build $(STAMP_TEST) ## Formatter, linter, types, import directions, shell
@@ -156,6 +157,9 @@ $(BUILD)/ovs: | $(STAMP_BENCH)
 
 $(BUILD)/prometheus: | $(STAMP_TEST)
 	$(call unpack,$(PACKAGES_PROM))
+
+$(BUILD)/unbound: | $(STAMP_RUN)
+	$(call unpack,$(PACKAGES_DNS))
 
 $(DESCRIPTORS): $(wildcard $(PROTOS)/*/*.proto) | $(BUILD)/.venv
 	mkdir -p $(@D)

@@ -1,11 +1,12 @@
 """The story's chapter of names: a pod may reach myblobstorage.com, by its DNS, and nothing else.
 
-Rule: real programs only: dnsmasq is kube-dns, curl and dig ask, dnsperf does while the agent dies
+Rule: real programs only: unbound is kube-dns, curl and dig ask, dnsperf does while the agent dies
 and while the node is upgraded.
 
-Theory. The store is outside the cluster: an address that is on the second node's loopback device
-and that no object knows. Its name is an alias, as names of object stores are. The pod's policy has
-the name and kube-dns; all else is refused where it is asked for, or denied on its way.
+Theory. The store is outside the cluster: addresses that are on the second node's loopback device
+and that no object knows. Its name is an alias of an alias, as names of object stores are, and leads
+to other addresses later on. The pod's policy has the name and kube-dns; all else is refused where
+it is asked for, or denied on its way.
 """
 
 import contextlib
@@ -22,38 +23,21 @@ from typing import Any
 
 import yaml
 
-from bench import checks
+from bench import checks, resolver
 from bench.lab import LabError, eventually
-from bench.penstock import Cluster, Node, Pod, PodSpec
+from bench.penstock import Cluster, Pod, PodSpec
 
 NAME, OTHER_NAME = "myblobstorage.com", "example.org"
 STORE = {4: "11.2.0.1", 6: "2001:db8:2::1"}
+MOVED = {4: "11.2.0.2", 6: "2001:db8:2::2"}  # where the store is later on
+CDN, ALIAS = "cdn.test", "myblobstorage CNAME store.cdn.test."  # in the zone com
 OTHER = {4: "11.2.0.9", 6: "2001:db8:2::9"}
-DNS = {4: "10.96.0.53", 6: "fd00:96::53"}
 QUERIES = 2000  # a second
 SECONDS = 2
 UPGRADE_S = 120
+DENIED = "Policy denied by CiliumNetworkPolicy default/genai"
 PARTS = ("agent", "forwarder", "observer", "dnsproxy")
 
-SERVICE = """
-apiVersion: v1
-kind: Service
-metadata: {name: kube-dns, namespace: kube-system}
-spec:
-  type: ClusterIP
-  clusterIP: 10.96.0.53
-  clusterIPs: [10.96.0.53, "fd00:96::53"]
-  ipFamilies: [IPv4, IPv6]
-  ports:
-  - {name: dns, port: 53, targetPort: 53, protocol: UDP}
-  - {name: dns-tcp, port: 53, targetPort: 53, protocol: TCP}
-"""
-SLICE = """
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {namespace: kube-system, labels: {kubernetes.io/service-name: kube-dns}}
-ports: [{name: dns, port: 53, protocol: UDP}, {name: dns-tcp, port: 53, protocol: TCP}]
-"""
 POLICY = """
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -78,38 +62,25 @@ class Names:
         self.cluster = cluster
         self.node, world = cluster.nodes
         for family, bits in ((4, 32), (6, 128)):
-            for address in (STORE[family], OTHER[family]):
+            for address in (STORE[family], MOVED[family], OTHER[family]):
                 world.namespace.ip(f"addr add {address}/{bits} dev lo")
                 way = f"via {world.addresses[family]} dev eth0"
                 self.node.namespace.ip(f"route add {address}/{bits} {way}")
         checks.serve(world.namespace)
         self.pod = self.node.pod("genai", PodSpec(labels={"app": "genai_backend"}))
-        self._resolve(world)
+        self.dns = world.pod("dns", PodSpec("kube-system", {"k8s-app": "kube-dns"}))
+        zones = {"com": ALIAS, CDN: _store(STORE), OTHER_NAME: _both("@", OTHER)}
+        self.resolver = resolver.Resolver(self.dns.namespace, zones)
+        resolver.publish(cluster, self.dns)
         cluster.apply("genai", yaml.safe_load(POLICY))
         self.files = self._resolv_conf()
-        self.shown = ""  # what `penstock observe` said of the denied packets
-
-    def _resolve(self, node: Node) -> None:
-        pod = node.pod("dns", PodSpec("kube-system", {"k8s-app": "kube-dns"}))
-        records = [f"--cname={NAME},store.cdn.test", f"--host-record=store.cdn.test,{_both(STORE)}"]
-        options = ["--keep-in-foreground", "--no-resolv", "--no-hosts", "--user=root"]
-        pod.namespace.spawn(
-            "dnsmasq", *options, *records, f"--host-record={OTHER_NAME},{_both(OTHER)}"
-        )
-        objects = [yaml.safe_load(SERVICE)]
-        for family in DNS:
-            one: dict[str, Any] = yaml.safe_load(SLICE)
-            one["metadata"]["name"] = f"kube-dns-v{family}"
-            one["addressType"] = f"IPv{family}"
-            one["endpoints"] = [{"addresses": [pod.addresses[family]], "nodeName": node.name}]
-            objects.append(one)
-        self.cluster.apply("kube-dns", *objects)
+        self.shown: list[str] = []  # what `penstock observe` said of the denied packets
 
     def _resolv_conf(self) -> Path:
         """What `ip netns exec` puts in the place of /etc/resolv.conf."""
         folder = Path("/etc/netns") / self.pod.namespace.name
         folder.mkdir(parents=True)
-        lines = [f"nameserver {address}" for address in DNS.values()]
+        lines = [f"nameserver {address}" for address in resolver.ADDRESSES.values()]
         (folder / "resolv.conf").write_text("\n".join([*lines, "options timeout:2", ""]))
         return folder
 
@@ -123,18 +94,20 @@ class Names:
     # --- what is tried ----------------------------------------------------------------------------
 
     def curl(self, pod: Pod, target: str, family: int) -> str:
-        """Return "answered", "no answer", or what curl says."""
+        """Return "answered by ADDRESS", "no answer", or what curl says."""
         url = f"http://{f'[{target}]' if ':' in target else target}:{checks.HTTP_PORT}/"
         words = ["curl", "-sS", "-g", f"-{family}", "-o", "/dev/null", "-m", str(SECONDS)]
-        done = _run(pod.namespace.wrap([*words, "-w", "%{http_code}", url]))
+        done = _run(pod.namespace.wrap([*words, "-w", "%{http_code} %{remote_ip}", url]))
         if done.returncode == 28:
             return "no answer"
-        return "answered" if done.stdout == "200" else f"{done.stdout} {done.stderr}".strip()
+        code, _, address = done.stdout.partition(" ")
+        return f"answered by {address}" if code == "200" else f"{done.stdout} {done.stderr}".strip()
 
     def dig(self, name: str, kind: str) -> str:
         """Return the status of kube-dns' answer."""
-        words = ["dig", f"@{DNS[4]}", "+time=1", "+tries=3", "+noall", "+comments", name, kind]
-        found = re.search(r"status: (\w+)", _run(self.pod.namespace.wrap(words)).stdout)
+        words = ["dig", f"@{resolver.ADDRESSES[4]}", "+time=1", "+tries=3", "+noall", "+comments"]
+        done = _run(self.pod.namespace.wrap([*words, name, kind]))
+        found = re.search(r"status: (\w+)", done.stdout)
         return found[1] if found else "no answer"
 
     def why(self) -> str:
@@ -180,7 +153,7 @@ class Names:
         """
         queries = self.node.folder / "queries"
         queries.write_text(f"{NAME} A\n{NAME} AAAA\n" * 50)
-        words = ["dnsperf", "-s", DNS[4], "-d", str(queries), "-Q", str(QUERIES)]
+        words = ["dnsperf", "-s", resolver.ADDRESSES[4], "-d", str(queries), "-Q", str(QUERIES)]
         words += ["-q", str(waiting)]
         words += ["-t", "1"]  # seconds: what has no answer then is lost, and seen before the end
         asking = subprocess.Popen(
@@ -202,30 +175,54 @@ class Names:
         if not re.search(r"Response codes:\s+NOERROR \d+ \(100\.00%\)", said):
             raise LabError(f"dnsperf got other answers than NOERROR: {said[-400:]}")
 
-    def observed(self) -> str:
-        """Return how the product shows the pod's denied packets."""
+    def move(self) -> None:
+        """Give the store other addresses, and wait until unbound has read the zone again."""
+        self.resolver.change(CDN, _store(MOVED))
+        words = ("dig", "@127.0.0.1", "+short", NAME, "A")
+        eventually(lambda: MOVED[4] in self.dns.namespace.run(*words), "the other addresses", 20)
+
+    def denied(self, address: str) -> str:
+        """Return why the pod's last packet to an address was dropped, and by whom."""
+        line = self._observed("--to-ip", address)
+        found = re.search(r"(Policy denied) DROPPED .* EGRESS DENIED BY (.*)", line)
+        if found is None:
+            return line or "no such flow"
+        self.shown.append(line)
+        return f"{found[1]} by {found[2]}"
+
+    def refused(self) -> str:
+        """Return how the product shows the last question of the pod that was refused."""
+        return self._observed("--protocol", "dns")
+
+    def _observed(self, *which: str) -> str:
         pod = f"{self.pod.spec.namespace}/{self.pod.name}"
-        which = ("--pod", pod, "--verdict", "DROPPED", "--last", "3")
-        return self.node.command("observe", *which, "--print-policy-names").strip()
+        words = ("--from-pod", pod, "--verdict", "DROPPED", *which, "--last", "1")
+        return self.node.command("observe", *words, "--print-policy-names").strip()
 
 
 def chapter(names: Names) -> Iterator[tuple[str, str, str, str]]:
     """Yield (what, command, wanted, seen) of each step."""
     who = f"{names.pod.name}$"
     for family, kind in ((4, "A"), (6, "AAAA")):
-        fetch = partial(names.curl, names.pod, NAME, family)
-        seen = _until(fetch, "answered")
-        yield f"by its name, IPv{family}", f"{who} curl {NAME}", "answered", seen
+        wanted = f"answered by {STORE[family]}"
+        seen = _until(partial(names.curl, names.pod, NAME, family), wanted)
+        yield f"by its name, a CNAME, IPv{family}", f"{who} curl -{family} {NAME}", wanted, seen
         seen = _until(partial(names.dig, OTHER_NAME, kind), "REFUSED")
         yield "another name", f"{who} dig {OTHER_NAME} {kind}", "REFUSED", seen
-        seen = names.curl(names.pod, OTHER[family], family)
-        yield "another address", f"{who} curl {OTHER[family]}", "no answer", seen
+        for what, address in (("another address", OTHER), ("not yet its address", MOVED)):
+            seen = names.curl(names.pod, address[family], family)
+            yield what, f"{who} curl {address[family]}", "no answer", seen
+        seen = _until(partial(names.denied, OTHER[family]), DENIED)
+        yield "why denied", f"penstock observe --to-ip {OTHER[family]}", DENIED, seen
+    names.shown.append(names.refused())
+    names.move()
+    for family in MOVED:
+        wanted = f"answered by {MOVED[family]}"
+        seen = names.curl(names.pod, NAME, family)  # once: the next question is enough
+        yield "its zone has other addresses", f"{who} curl -{family} {NAME}", wanted, seen
     said = names.why()
     seen = "may not ask" if f"the pod may not ask for {OTHER_NAME}" in said else said
     yield "why refused", f"penstock fqdn why {OTHER_NAME}", "may not ask", seen
-    names.shown = names.observed()
-    seen = "default/genai" if "CiliumNetworkPolicy default/genai" in names.shown else "no flow"
-    yield "denied packets name it", "penstock observe --verdict DROPPED", "default/genai", seen
     command = f"{who} dnsperf -Q {QUERIES}; kill -9 AGENT"
     yield "the agent dies under load", command, "none lost", names.killed()
     seen, once = names.upgraded()
@@ -240,8 +237,13 @@ def _until(look: Any, wanted: str) -> str:
         return str(look())
 
 
-def _both(addresses: dict[int, str]) -> str:
-    return ",".join(addresses.values())
+def _both(name: str, addresses: dict[int, str]) -> str:
+    return f"{name} A {addresses[4]}\n{name} AAAA {addresses[6]}"
+
+
+def _store(addresses: dict[int, str]) -> str:
+    """Return the zone CDN."""
+    return "store CNAME edge\n" + _both("edge", addresses)
 
 
 def _run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -77,7 +77,7 @@ class Step:
 class Story:
     """The shop of a cluster with two nodes of two pods each."""
 
-    length = 20  # steps
+    length = 25  # steps
 
     def __init__(self, cluster: Cluster) -> None:
         """Label the pods; nothing else is changed yet."""
@@ -175,7 +175,7 @@ class Story:
         try:
             for step in names.chapter(there):
                 yield Step(*step)
-            self.refused, self.observed = there.why(), there.shown
+            self.refused, self.observed = there.why(), "\n".join(there.shown)
         finally:
             there.close()
 

@@ -12,8 +12,8 @@ import pytest
 from bench import checks
 from bench.lab import Lab, LabError, eventually
 from bench.penstock import Cluster, PodSpec
+from bench.resolver import ADDRESSES, Resolver, publish
 from tests.netns.manifests import cilium_policy, namespace
-from tests.netns.resolver import ADDRESSES, Resolver, publish
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
 

@@ -10,8 +10,8 @@ import pytest
 from bench import checks
 from bench.lab import ROOT, Lab, LabError, eventually
 from bench.penstock import Cluster, PodSpec, Settings
+from bench.resolver import ADDRESSES, Resolver, publish
 from tests.netns.manifests import cilium_policy, namespace, network_policy, service, slices
-from tests.netns.resolver import ADDRESSES, Resolver, publish
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
 
