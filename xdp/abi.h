@@ -107,9 +107,10 @@
 #define NAME_WAYS 8                  /* words of an index's bucket: one cache line */
 #define QUERIES_MAX 32768            /* queries that wait for an answer */
 #define QUERY_WAYS 4
-#define DNS_LANES 18                 /* who counts: the workers, the sweeper, the proxy */
+#define DNS_LANES 19                 /* who counts: the workers, the sweeper, the proxy, who reads copies */
 #define DNS_SWEEPER 16
 #define DNS_PROXY 17
+#define DNS_READER 18
 #define DNS_SERVERS_MAX 64           /* servers that a worker counts apart, the last one: all others */
 #define DNS_EVENTS_MAX 8192          /* events that a worker keeps */
 #define DNS_EVENT_ADDRESSES 4

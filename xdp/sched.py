@@ -1,4 +1,4 @@
-"""When a thread that moves packets gets its core, beside others that want it.
+"""When a thread gets its core, beside others that want it.
 
 Rule: this asks for time soon, not for more than `nice` says; who is refused goes on as before.
 
@@ -8,6 +8,7 @@ wait for the end of other threads' long ones. What the kernel forwards by itself
 it runs in the sender's or the interrupt's time.
 """
 
+import os
 import platform
 import struct
 from contextlib import suppress
@@ -18,6 +19,12 @@ from xdp.errors import KernelError
 SET_ATTR = {"x86_64": 314, "aarch64": 274}  # number of the system call
 SLICE_NS = 100_000  # the least that the kernel grants
 SIZE = 48  # struct sched_attr, first version
+
+
+def defer() -> None:
+    """Let this thread take its core from nobody who runs when it wakes (SCHED_BATCH)."""
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def hasten(nice: int) -> bool:

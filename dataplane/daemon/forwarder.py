@@ -26,6 +26,7 @@ from dataplane.daemon.lock import hold
 from dataplane.daemon.log import get_logger
 from dataplane.engine import flowtable, warm
 from dataplane.engine.conntrack import WARN_PERCENT, Conntrack
+from dataplane.engine.copies import CopyReader
 from dataplane.engine.frontends import SteeredFrontends
 from dataplane.engine.losses import Losses
 from dataplane.engine.names import Names
@@ -123,12 +124,13 @@ class Forwarder:
                 zip(np.array_split(bases, count), self.conntrack.trackers, strict=True)
             )
         ]
+        self.reader = CopyReader(shm, make_tables(shm), self.table)
         self.names = Names(shm, make_tables(shm), self.conntrack.trackers, state_dir)
-        self.workers[0].read_copies(self.table.copies.fd)
         for worker in self.workers:
             worker.start()
         for worker in self.workers:  # the first answer of a cold start comes after compiling
             worker.call(lambda: None, COMPILE_S)
+        self.reader.start()
         self.ports = Ports(shm.ports, self.umem, self.bpf, self.workers, self.table, handover)
         self.frontends = SteeredFrontends(self.bpf.maps["frontends"], row, shm)
         self.taps = Taps(shm, self.workers, self.table)
@@ -211,6 +213,7 @@ class Forwarder:
         self.ports.close(keep_pods)
         for worker in self.workers:
             worker.stop()
+        self.reader.stop()
         self.names.save()
         self.bpf.close()
 

@@ -43,6 +43,7 @@ class Counters(NamedTuple):
     dns_servers: Rows  # dns_counter[DNS_SERVERS_MAX]
     dns_events: Rows  # dns_event[DNS_EVENTS_MAX]
     dns_notes: Rows  # naming_counter[1]
+    dns_lane: Rows  # int64[1]: number of these rows
     steps: Rows  # tap_step[STAGES_MAX * VECTOR_MAX]: what stages made of packets, for a trace
 
 
@@ -61,16 +62,17 @@ def make_counters(reasons, ports, stats, dns, ring: Rows | None = None) -> Count
 
 
 class DnsLane(NamedTuple):
-    """Rows of the counters of DNS of who is no worker: the sweeper, the proxy."""
+    """Rows of the counters of DNS of who is no worker."""
 
     dns_pods: Rows
     dns_servers: Rows
     dns_events: Rows
     dns_notes: Rows
+    dns_lane: Rows
 
 
 def make_lane(shm, number) -> DnsLane:
-    """Return a lane of the counters of DNS, DNS_SWEEPER or DNS_PROXY."""
+    """Return a lane of the counters of DNS: DNS_SWEEPER, DNS_PROXY, DNS_READER."""
     return DnsLane(*map(Rows, dns_rows(shm, number)))
 
 
@@ -81,6 +83,7 @@ def dns_rows(shm, number) -> tuple[np.ndarray, ...]:
         shm.dns_servers[number],
         shm.dns_events[number],
         shm.dns_notes[number : number + 1],
+        np.array([number]),
     )
 
 

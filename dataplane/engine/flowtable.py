@@ -84,7 +84,7 @@ class FlowTable:
             seen=Rows(shm.flow_seen[: self.slots]),
             steering=Rows(steering),
             devices=Rows(self.devices),
-            copies=make_copies(ring, steering),
+            copies=make_copies(ring),
         )
         self.live = 0
         self.packets = 0
@@ -128,6 +128,11 @@ class FlowTable:
         good &= connections["created"][number] == seen["created"]
         self.flows.tags.array[~good] = 0
         seen["state"][~good & np.isin(seen["state"], (WRITTEN, LIVE))] = RESTING
+
+    @property
+    def steering(self) -> np.void:
+        """The value that the programs read."""
+        return self._steering[0]
 
     @property
     def on(self) -> bool:

@@ -20,7 +20,7 @@ from dataplane.kernels.admit import admit
 from dataplane.kernels.answer import answer
 from dataplane.kernels.connect import connect
 from dataplane.kernels.dns import names
-from dataplane.kernels.dns_copies import LOOK_NS, MOST, read_copies, rest
+from dataplane.kernels.dns_copies import ALL, read_copies
 from dataplane.kernels.drops import flush_drops, tell_drops
 from dataplane.kernels.flows import install
 from dataplane.kernels.forward import forward
@@ -40,7 +40,6 @@ SAMPLED, NOTED = 1, 2  # and its time counted; and what each stage made of each 
 TAPS_MAX = CONST["TAPS_MAX"]
 SLEEP_MS = 1000  # longest sleep: the heartbeat is at most this old
 EVENTS_MAX = 64
-ALL = 1 << 32
 
 RECEIVE = value("STAGE_RECEIVE")
 PARSE = value("STAGE_PARSE")
@@ -62,7 +61,6 @@ CONTROL_EPOLL = 1  # fd
 CONTROL_SPIN_NS = 2
 CONTROL_EVENTS = 3  # memory address of EVENTS_MAX epoll_event structures
 CONTROL_ADDRESS = 4  # memory address of this array
-CONTROL_READS = 5  # 1: this worker reads copies of DNS messages when it has time
 CONTROL_WORDS = 8
 
 clock_gettime = types.ExternalFunction("clock_gettime", types.intc(types.intc, types.intp))
@@ -106,6 +104,7 @@ def stages(b, t, k, f, x, c, watched):
     _mark(b, c, CONNECT, watched)
     route(b, t)
     if b.dns_count[0]:
+        read_copies(t, x, c, np.int64(ALL))
         names(b, t, k, c)
     _mark(b, c, ROUTE, watched)
     judge(b, t)
@@ -173,16 +172,10 @@ def _publish_stats(r, c, now):
 
 
 @inline
-def _sleep(x, copies, c, control):
-    """Wait for packets, the wake-up event, or a second; return whether it is time that has passed.
-
-    (A dead device wakes nobody: ports.py.)
-    """
-    longest = np.int64(SLEEP_MS)
-    if control[CONTROL_READS]:
-        longest = rest(x, copies, longest)
+def _sleep(c, control):
+    """Wait for packets, the wake-up event, or a second. (A dead device wakes nobody: ports.py.)"""
     c.stats[0].polls += np.uint64(1)
-    return epoll_wait(control[CONTROL_EPOLL], control[CONTROL_EVENTS], EVENTS_MAX, longest) == 0
+    epoll_wait(control[CONTROL_EPOLL], control[CONTROL_EVENTS], EVENTS_MAX, SLEEP_MS)
 
 
 @kernel
@@ -193,16 +186,11 @@ def run(b, r, t, k, f, x, c, w, control):
     """
     stop = control[CONTROL_ADDRESS]
     now = _now(c)
-    last = looked = now
+    last = now
     waiting = 0
     while load64_acquire(stop) == 0:
         now = _now(c)
-        got = receive(b, r, f, now)
-        copies = np.int64(0)
-        if got > 0 or (now - looked > LOOK_NS and control[CONTROL_READS]):
-            copies = read_copies(t, x, c, np.int64(ALL if got > 0 else MOST))
-            looked = now
-        if got > 0:
+        if receive(b, r, f, now) > 0:
             waiting = _step(b, r, t, k, f, x, c, w, now)
             last = now
             c.stats[0].heartbeat_ns = np.uint64(now)
@@ -217,7 +205,7 @@ def run(b, r, t, k, f, x, c, w, control):
             continue
         flush_drops(c, now)
         _publish_stats(r, c, now)
-        if not _sleep(x, copies, c, control):
-            last = _now(c)
+        _sleep(c, control)
+        last = _now(c)
     tell_drops(c)
     _publish_stats(r, c, now)

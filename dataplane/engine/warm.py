@@ -24,10 +24,12 @@ SECOND = "--second"  # argument of the second process
 
 def _jobs(second: bool, load: bool = False) -> list[tuple[str, Callable[[], object]]]:
     from dataplane.engine import loop
+    from dataplane.engine.account import make_lane
     from dataplane.engine.conntrack import NAT_PORTS, Conntrack
     from dataplane.engine.judge import Judge
     from dataplane.engine.names import Names
     from dataplane.engine.worker import Worker, make_tables
+    from dataplane.kernels.dns_copies import read
     from dataplane.kernels.flows import renew
     from dataplane.kernels.harvest import harvest
     from dataplane.tables.shm import Shm
@@ -63,6 +65,7 @@ def _jobs(second: bool, load: bool = False) -> list[tuple[str, Callable[[], obje
         ("and flush", conntrack.compile),
         ("names", names.compile),
         ("names over TCP", Judge(shm).compile),
+        ("copies of messages", lambda: read(tables, flows, make_lane(shm, CONST["DNS_READER"]), 0)),
     ]
     if second:
         return [*beside, ("the scratch files away", scratch.cleanup)]

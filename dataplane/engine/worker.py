@@ -150,11 +150,6 @@ class Worker:
                 except BaseException as error:
                     done.set_exception(error)
 
-    def read_copies(self, ring: int) -> None:
-        """Read copies of DNS messages when there is time; before `start`. ring: fd of their map."""
-        self.control[loop.CONTROL_READS] = 1
-        self._epoll.register(ring, select.EPOLLIN | select.EPOLLET)
-
     # --- what `call` runs: the worker's own thread only ---------------------------------------
 
     def add(self, xsk: Xsk, port: int, receives: bool = True, trunk: bool = False) -> int:

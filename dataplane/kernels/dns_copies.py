@@ -7,10 +7,11 @@ Theory. xdp/bpf/copies.h leaves them in a BPF ring: a word with the length, whos
 that a record is still being written or was given up, a word of the kernel's own, the record, and
 room up to a multiple of 8. Positions run freely. A copy names the entry that has forwarded it, and
 so the connection; an entry that is another flow's by now says nothing of it, so such a copy is
-lost, and counted. All workers may read, one at a time: when a vector has come all copies are read
-before it is looked into, since the query that an answer belongs to may be one of them. When there
-is nothing else to do one worker looks in each millisecond, as long as copies come; `rest` says how
-long it may sleep. A wake-up is asked for a turn before it sleeps long, so none is missed.
+lost, and counted. Several threads read: one that does nothing else and is in no hurry
+(engine/copies.py), and each worker that meets DNS in its vector, since the query that an answer
+belongs to may be among the copies. None waits for another: a thread says which record it means
+(`held`), then takes it by moving `cursor` behind it, with compare-and-swap. What the kernel may
+write over ends at the first record that somebody still holds.
 """
 
 import numpy as np
@@ -22,26 +23,31 @@ from dataplane.kernels.dns_lead import DNS
 from dataplane.kernels.dns_teach import judge_answer
 from dataplane.kernels.flow_entry import ENTRY
 from dataplane.kernels.house import (
+    fence,
     inline,
+    kernel,
     load16be,
     load32,
     load32_acquire,
     load64,
     load64_acquire,
-    store32,
-    store32_release,
+    store64,
     store64_release,
-    swap32,
+    swap64,
 )
 from dataplane.kernels.layout import offset_of
 from dataplane.kernels.rows import Rows
+from xdp.abi import CONST
 
 # Words of Flows.copies.
 CONSUMER, PRODUCER, RECORDS = 0, 1, 2  # memory addresses; 0: there is no ring
 MASK = 3
-LOCK = 4  # 1: a worker reads
-WAKE = 5  # memory address of steering.dns_wake
-COPIES_WORDS = 6
+CURSOR = 4  # position of the next record that nobody has taken
+HELD = 5  # by lane: position of the record that it is at
+LANES = CONST["DNS_LANES"]
+COPIES_WORDS = HELD + LANES
+NONE = 1 << 62  # held by nobody
+ALL = 1 << 32  # more copies than a ring holds
 
 HEAD = 8  # BPF_RINGBUF_HDR_SZ
 BUSY, DISCARD = 1 << 31, 1 << 30
@@ -49,26 +55,21 @@ LENGTH_MASK = DISCARD - 1
 ALIGN = 7
 TUPLE_MASK = 0xFFFFFFFFFFFF  # of `rest`: what stands behind is not the tuple's
 WORD_BYTES = 8
-MOST = 64  # copies a turn when there is time: none waits long for the worker
-LOOK_NS = 1_000_000
-SHORT_MS = 1
 ONE = np.uint64(1)
 
 SOURCE, SLOT, DATAGRAM = (offset_of("dns_copy", name) for name in ("source", "slot", "datagram"))
 TUPLE_WORDS = 5  # source, target, rest
 
 
-def make_copies(ring: tuple[np.ndarray, ...] | None, steering: np.ndarray) -> Rows:
-    """Return Flows.copies. ring: an xdp.maps.RingMemory; steering: steering[1]; both outlive it.
-
-    None: nothing makes copies.
-    """
-    words = np.zeros(COPIES_WORDS, np.int64)
-    words[WAKE] = steering.ctypes.data + offset_of("steering", "dns_wake")
+def make_copies(ring: tuple[np.ndarray, ...] | None) -> Rows:
+    """Return Flows.copies. ring: an xdp.maps.RingMemory, which outlives it; None: no copies."""
+    words = np.full(COPIES_WORDS, NONE, np.int64)
+    words[:HELD] = 0
     if ring is not None:
         consumer, producer, records = ring
         words[CONSUMER], words[PRODUCER] = consumer.ctypes.data, producer.ctypes.data
         words[RECORDS], words[MASK] = records.ctypes.data, len(records) // 2 - 1
+        words[CURSOR] = consumer[0]
     return Rows(words)
 
 
@@ -109,46 +110,49 @@ def _read(t, f, c, at):
 
 
 @inline
-def _read_all(t, f, c, most):
-    consumer, end = load64(f.copies[CONSUMER]), load64_acquire(f.copies[PRODUCER])
-    count = np.int64(0)
-    while consumer < end and count < most:
-        head = f.copies[RECORDS] + (consumer & f.copies[MASK])
-        length = load32_acquire(head)
-        if length & BUSY:
-            break
-        if not length & DISCARD:
-            _read(t, f, c, head + HEAD)
-        consumer += (HEAD + (length & LENGTH_MASK) + ALIGN) & ~ALIGN
-        store64_release(f.copies[CONSUMER], consumer)
-        count += 1
-    return count
+def _give_back(f):
+    """Let the kernel write over what nobody needs any more."""
+    free = load64_acquire(f.copies.address + CURSOR * WORD_BYTES)
+    for lane in range(LANES):
+        held = load64_acquire(f.copies.address + (HELD + lane) * WORD_BYTES)
+        free = held if held < free else free
+    stands = load64(f.copies[CONSUMER])
+    while free > stands and not swap64(f.copies[CONSUMER], stands, free):
+        stands = load64(f.copies[CONSUMER])
 
 
 @inline
 def read_copies(t, f, c, most):
     """Read up to so many copies of those that are there now; return how many it were.
 
-    t: Tables, f: Flows, c: Counters.
+    t: Tables, f: Flows, c: Counters or DnsLane.
     """
-    if f.copies[CONSUMER] == 0 or load64(f.copies[CONSUMER]) == load64(f.copies[PRODUCER]):
-        return np.int64(0)
-    lock = f.copies.address + LOCK * WORD_BYTES
-    while not swap32(lock, 0, 1):
-        pass  # another worker's, which reads for some microseconds
-    count = _read_all(t, f, c, most)
-    store32_release(lock, 0)
+    count = np.int64(0)
+    if f.copies[CONSUMER] == 0:
+        return count
+    cursor, held = f.copies.address + CURSOR * WORD_BYTES, f.copies.address + HELD * WORD_BYTES
+    held += c.dns_lane[0] * WORD_BYTES
+    end = load64_acquire(f.copies[PRODUCER])
+    at = load64_acquire(cursor)
+    while at < end and count < most:
+        store64(held, at)
+        fence()  # it is seen before the record is ours
+        head = f.copies[RECORDS] + (at & f.copies[MASK])
+        length = load32_acquire(head)
+        if length & BUSY:
+            break
+        if swap64(cursor, at, at + ((HEAD + (length & LENGTH_MASK) + ALIGN) & ~ALIGN)):
+            if not length & DISCARD:
+                _read(t, f, c, head + HEAD)
+            count += 1
+            store64_release(held, NONE)
+            _give_back(f)
+        at = load64_acquire(cursor)
+    store64_release(held, NONE)
     return count
 
 
-@inline
-def rest(f, count, longest):
-    """Ms that a worker may sleep which has just read so many copies. longest: when none come."""
-    wake = f.copies[WAKE]
-    if count > 0:
-        store32(wake, 0)
-        return np.int64(SHORT_MS)
-    if load32(wake) == 0:
-        store32(wake, 1)
-        return np.int64(SHORT_MS)
-    return longest
+@kernel
+def read(t, f, c, most):
+    """`read_copies`, for a thread of its own. c: DnsLane."""
+    return read_copies(t, f, c, most)

@@ -107,7 +107,7 @@ def make_flows(slots: int = 0) -> Flows:
     tags, seen = np.zeros(slots, np.uint32), np.zeros(slots, DTYPE["flow_seen"])
     entries, hops = (np.zeros(n, DTYPE[name]) for name, n in (("flow_entry", slots), ("hop", HOPS)))
     rows = map(Rows, (tags, entries, hops, seen, steering, devices))
-    return Flows(*rows, make_copies(None, steering))
+    return Flows(*rows, make_copies(None))
 
 
 def places_of(nat_ports: np.ndarray, flows: Flows) -> np.ndarray:

@@ -4,12 +4,18 @@ The stages are the oracle: a message that they have seen and one that was read f
 have left the same counters and the same event.
 """
 
+import threading
 import time
+from functools import partial
 
 import pytest
 
+from bench.lab import eventually
+from dataplane.engine.account import make_lane
+from dataplane.engine.copies import CopyReader
+from dataplane.engine.worker import make_tables
 from dataplane.kernels import dns_copies
-from dataplane.kernels.house import kernel
+from dataplane.kernels.dns_copies import ALL
 from tests import worlds as w
 from tests.dns_world import SERVER, STORE, STORY, DnsWorld, question, response
 from tests.netns.flow_node import FlowNode
@@ -22,13 +28,7 @@ BY_FAMILY = pytest.mark.parametrize(("f", "kind"), [(4, "A"), (6, "AAAA")])
 MOST = CONST["DNS_COPY_MOST"]
 NAME = "example.org"
 FREE = 2  # endpoint of pod B, which no policy means
-ALL = 1 << 32
 BY_NAME = STORY.replace("app: genai", "app: free")
-
-
-@kernel
-def _read(t, f, c, most):
-    return dns_copies.read_copies(t, f, c, most)
 
 
 class Node:
@@ -52,8 +52,8 @@ class Node:
         self.world.now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
     def read(self, most: int = ALL) -> int:
-        flow = self.flow.table.flows
-        return _read(self.world.tables, flow, self.world.counters, most)
+        lane = make_lane(self.world.shm, CONST["DNS_READER"])
+        return dns_copies.read(self.world.tables, self.flow.table.flows, lane, most)
 
     def apply(self, text: str, name: str = "genai") -> None:
         """Put a policy into force, as the agent does: every entry is stale then."""
@@ -224,14 +224,52 @@ def test_a_copy_whose_flow_is_no_more_is_counted_as_lost(node):
     assert (now["copies"] - before["copies"], now["copies_lost"] - before["copies_lost"]) == (0, 1)
 
 
-def test_who_sleeps_is_woken_and_who_looks_is_not(node):
-    """`rest`: a millisecond while copies come, one more with the wake-up asked for, then long."""
-    wake = node.flow.steering["dns_wake"]
-    wake[0] = 0
-    assert [_rest(node.flow.table.flows, count) for count in (5, 0, 0, 3, 0)] == [1, 1, 1000, 1, 1]
-    assert wake[0] == 1
+def test_several_threads_read_each_copy_once(node):
+    """One that does nothing else, two as workers do; the programs go on writing."""
+    for _ in range(8):
+        assert node.world.one(*_large(100)).sent
+    before, stop = node.dns.reader.notes(), threading.Event()
+    flow, tables = node.flow.table.flows, [make_tables(node.world.shm) for _ in range(3)]
+    lanes = [make_lane(node.world.shm, lane) for lane in (0, 1, CONST["DNS_READER"])]
+    counts = [0, 0, 0]
+
+    def work(n: int) -> None:
+        while not stop.is_set() or dns_copies.read(tables[n], flow, lanes[n], 3):
+            counts[n] += dns_copies.read(tables[n], flow, lanes[n], 3)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(2000):
+        assert node.flow.xdp(*_large(100)).forwarded
+    stop.set()
+    for thread in threads:
+        thread.join()
+    now = node.dns.reader.notes()
+    assert now["copies"] - before["copies"] == 2000
+    assert now["copies_lost"] == before["copies_lost"]
+    assert all(counts)
+    ring = node.flow.table.copies.ring()
+    assert ring.consumer[0] == ring.producer[0], "all may be written over"
 
 
-@kernel
-def _rest(f, count):
-    return dns_copies.rest(f, count, 1000)
+def test_the_reader_is_woken_and_reads_what_came_while_it_slept(node):
+    """It sleeps for a minute when none come; the first copy wakes it."""
+    for _ in range(8):
+        assert node.world.one(*_large(100)).sent
+    reader = CopyReader(node.world.shm, make_tables(node.world.shm), node.flow.table)
+    reader.start()
+    try:
+        for _ in range(3):
+            before = node.dns.reader.notes()["copies"]
+            eventually(lambda: node.flow.steering["dns_wake"][0], "sleep", 10)
+            time.sleep(0.02)
+            assert node.flow.xdp(*_large(100)).forwarded
+            read = partial(_copies_after, node, before)
+            eventually(read, "the copy", 10)
+    finally:
+        reader.stop()
+
+
+def _copies_after(node, before: int) -> bool:
+    return node.dns.reader.notes()["copies"] == before + 1
