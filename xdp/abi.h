@@ -998,7 +998,7 @@ struct worker_stats {
 /* --- forwarder -> whoever watches: a ring of events a writer --------------------------------- */
 
 #define EVENTS_MAX 131072        /* of a ring: the last so many of one writer */
-#define EVENT_REPLY 128          /* flow_record's flags beside CONNECTION_FLAG_*: against its direction */
+#define EVENT_REPLY 128          /* flow_record's flags: against its direction; CONNECTION_FLAG_DNS is left out */
 
 enum flow_event {
   EVENT_NONE = 0,

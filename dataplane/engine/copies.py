@@ -4,9 +4,9 @@ Rule: nobody waits for this thread, so it never takes a core from somebody who w
 
 Theory. A message is forwarded in the time of its sender; what is left is counting, which may come
 milliseconds later (kernels/dns_copies.py). The thread looks into the ring every LOOK_MS as long as
-copies come, so that it wakes for many at a time. When none have come twice it sleeps until the next
-one wakes it: `dns_wake` asks the programs for that, one turn before it sleeps long, so that none
-comes unseen in between.
+copies come, so that it wakes for many at a time, and yields its core after each few. When none have
+come twice it sleeps until the next one wakes it: `dns_wake` asks the programs for that, one turn
+before it sleeps long, so that none comes unseen in between.
 """
 
 import os

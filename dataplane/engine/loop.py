@@ -25,7 +25,7 @@ from dataplane.kernels.drops import flush_drops, tell_drops
 from dataplane.kernels.flows import install
 from dataplane.kernels.forward import forward
 from dataplane.kernels.fragments import fragments
-from dataplane.kernels.house import inline, kernel, load64_acquire, types
+from dataplane.kernels.house import inline, kernel, load64_acquire, sched_yield, types
 from dataplane.kernels.judge import judge
 from dataplane.kernels.parse import parse
 from dataplane.kernels.route import route
@@ -64,7 +64,6 @@ CONTROL_ADDRESS = 4  # memory address of this array
 CONTROL_WORDS = 8
 
 clock_gettime = types.ExternalFunction("clock_gettime", types.intc(types.intc, types.intp))
-sched_yield = types.ExternalFunction("sched_yield", types.intc())
 epoll_wait = types.ExternalFunction(
     "epoll_wait", types.intc(types.intc, types.intp, types.intc, types.intc)
 )

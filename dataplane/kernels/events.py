@@ -128,7 +128,7 @@ def note(ring, record, kind, tcp, flags):
     reason = load32(record + REASON) & 0xFF
     store32(at + FAMILY, (word & 0xFF) | (protocol << 8) | (kind << 16) | (reason << 24))
     back = load8(record + TCP_SEEN + 1) if kind == END else 0
-    mixed = load8(record + FLAGS) | flags | (load8(record + STATE) << 8)
+    mixed = load8(record + FLAGS) & ~REPLY | flags | (load8(record + STATE) << 8)
     store32(at + EVENT_FLAGS, mixed | (tcp << 16) | (back << 24))
     announce(ring)
 

@@ -38,6 +38,8 @@ _OPTIONS = {
 }
 _HELPER = {**_OPTIONS, "no_cpython_wrapper": True, "pipeline_class": HelperCompiler}
 
+sched_yield = types.ExternalFunction("sched_yield", types.intc())  # sched_yield(2)
+
 
 def kernel(function):
     """Compile a function that Python calls: cached, without the GIL, without reference counts."""

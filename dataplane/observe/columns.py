@@ -96,8 +96,6 @@ def spread(records: np.ndarray, ring: int, position: int, wall_minus_monotonic_n
     arrays["ring"] = np.full(count, ring, np.uint8)
     for name in ("source_end", "target_end"):
         arrays[name] = np.full(count, NOBODY, np.int32)
-    # A connection begins and ends in its own direction: there the bit is CONNECTION_FLAG_DNS.
-    arrays["flags"][np.isin(arrays["kind"], (NEW, END))] &= np.uint8(~REPLY & 0xFF)
     _turn_replies(arrays)
     return Columns(arrays, count)
 

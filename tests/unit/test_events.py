@@ -86,6 +86,17 @@ def handshake(world, e: sg.Ends) -> None:
 
 
 @BY_FAMILY
+def test_what_is_told_of_dns_is_no_reply(world, told, f):
+    """CONNECTION_FLAG_DNS and EVENT_REPLY are the same bit."""
+    assert send(world, sg.udp(sg.Ends(A[f], 1000, B[f], 53), b"query")).sent
+    world.now += 10_000 * SECOND
+    assert world.sweep() == 1
+    rows = told()
+    assert kinds(rows) == ["NEW", "END"]
+    assert not any(int(row["flags"]) & CONST["EVENT_REPLY"] for row in rows)
+
+
+@BY_FAMILY
 def test_the_life_of_a_connection(world, told, f):
     e = sg.Ends(A[f], 1000, B[f], HTTP)
     handshake(world, e)
