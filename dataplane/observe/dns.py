@@ -171,14 +171,20 @@ def _long(rcode: int) -> str:
 def queries(
     patterns: Sequence[str], get: Callable[[int], dict[str, Any] | None]
 ) -> Callable[[Columns], np.ndarray]:
-    """Return a test for messages whose name one of the expressions finds. Raises ValueError."""
-    some = [compiled(text) for text in patterns]
+    """Return a test for messages whose name one of the expressions finds. Raises FilterError."""
+    some = [compiled("dns_query", text) for text in patterns]
 
     def test(flows: Columns) -> np.ndarray:
         good = np.zeros(flows.count, bool)
+        known: dict[str, bool] = {}  # many messages have the same name
         for n in np.flatnonzero(flows.kind == DNS).tolist():
             said = get(int(flows.position[n]))
-            good[n] = said is not None and any(one.search(said["query"]) for one in some)
+            if said is None:
+                continue
+            name = said["query"]
+            if name not in known:
+                known[name] = any(one.search(name) for one in some)
+            good[n] = known[name]
         return good
 
     return test

@@ -22,7 +22,7 @@ from dataplane.observe.columns import AUDITED, DROP, NEW, Columns
 from dataplane.observe.directory import Directory, End
 from dataplane.observe.dns import DNS, queries
 from dataplane.observe.dns import REASON as REFUSED
-from dataplane.observe.expressions import compiled
+from dataplane.observe.expressions import MOST, FilterError, compiled
 from dataplane.observe.message import CLUSTER, TCP_FLAGS
 from dataplane.observe.protocol import enum
 from dataplane.tables.connection_view import MASK64, NUMBERS
@@ -37,10 +37,6 @@ _ABSENT = (
 """Members about what our flows never have: nothing fits them."""
 
 
-class FilterError(ValueError):
-    """A filter that cannot be used; the message names member and value."""
-
-
 class Filter:
     """Whitelist and blacklist of a question, over this node's names."""
 
@@ -49,6 +45,10 @@ class Filter:
     ) -> None:
         """white, black: flow.FlowFilters. Raises FilterError."""
         self._who, self._book, self._node = who, book, node
+        white, black = list(white), list(black)
+        asked = sum(len(one.dns_query) for one in (*white, *black))
+        if asked > MOST:
+            raise FilterError(f"dns_query: {asked} expressions, at most {MOST}: join some by |")
         self._white = [self._read(one) for one in white]
         self._black = [self._read(one) for one in black]
 
@@ -260,10 +260,7 @@ class Filter:
         )
 
     def _dns_query(self, value: Sequence[str]) -> Test:
-        try:
-            return queries(value, self._book.message)
-        except ValueError as error:
-            raise FilterError(f"dns_query: {error}") from error
+        return queries(value, self._book.message)
 
     def _tcp_flags(self, value: Sequence[Any]) -> Test:
         some = [
@@ -409,7 +406,7 @@ def _pattern(text: str) -> str:
 
 
 def fqdn_pattern(value: Sequence[str]) -> Any:
-    return compiled("|".join(f"(?:{_pattern(text)})" for text in value))
+    return compiled("fqdn", "|".join(f"(?:{_pattern(text)})" for text in value))
 
 
 def node_pattern(text: str) -> Any:
@@ -419,4 +416,4 @@ def node_pattern(text: str) -> Any:
         raise FilterError(f"invalid node name pattern {text!r}: must be [cluster/]node")
     any_name = "[-.0-9a-z]*"
     parts = (_pattern(cluster) if cluster else any_name, _pattern(node) if node else any_name)
-    return compiled("/".join(parts))
+    return compiled("node_name", "/".join(parts))

@@ -268,10 +268,7 @@ def _interface(value: Any) -> Test:
 
 
 def _query(value: Any) -> Test:
-    try:
-        some = [compiled(text) for text in value]
-    except ValueError as error:
-        raise FilterError(f"dns_query: {error}") from error
+    some = [compiled("dns_query", text) for text in value]
     return lambda flow: (
         flow.l7.HasField("dns") and any(one.search(flow.l7.dns.query) for one in some)
     )

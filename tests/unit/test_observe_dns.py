@@ -133,7 +133,13 @@ def test_what_was_overwritten_is_counted_and_what_is_kept_is_bounded(tmp_path, m
     node.close()
 
 
-BAD = {"(a": "missing )", r"(a)\1": r"\1", "(?=a)": "(?=", "a{1001}": "{1001}"}
+BAD = {
+    "(a": "missing )",
+    r"(a)\1": r"\1",
+    "(?=a)": "(?=",
+    "a{1001}": "{1001}",
+    r"\pL{900}": "too large",
+}
 
 
 @pytest.mark.parametrize(("pattern", "named"), BAD.items())
@@ -144,8 +150,15 @@ def test_a_pattern_that_is_none_is_an_error_with_its_text(node, pattern, named):
     assert "dns_query" in raised.value.details() and named in raised.value.details()
 
 
+def test_too_many_expressions_are_refused(node):
+    most = expressions.MOST
+    assert len(list(node.flows(whitelist=filters(dns_query=[r"\.$"] * most)))) == 4
+    with pytest.raises(grpc.RpcError, match=f"{most + 1} expressions, at most {most}"):
+        node.flows(whitelist=filters(dns_query=["a"]), blacklist=filters(dns_query=["b"] * most))
+
+
 def test_no_pattern_holds_a_thread():
     """Each of these would take Python's own expressions longer than the universe has lasted."""
-    assert not expressions.compiled("^(([a-z]+)+)+$").search("a" * 250 + ".")
+    assert not expressions.compiled("dns_query", "^(([a-z]+)+)+$").search("a" * 250 + ".")
     assert not fqdn_pattern(["*a" * 60 + "*b"]).fullmatch("a" * 250)
     assert not node_pattern("*a" * 60 + "*b").fullmatch("default/" + "a" * 250)
