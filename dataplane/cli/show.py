@@ -69,7 +69,8 @@ def _seen(observer: dict[str, Any] | None) -> str:
     if not observer:
         return "down" if observer is None else "off"
     text = f"Ok  pid {observer['pid']}, {observer['flows']:,} flows, {observer['rate']:,} a second"
-    more = [f"{observer[name]:,} {name.replace('_', ' ')}" for name in ("lost", "not_written")]
+    names = ("lost", "left_out", "not_written")
+    more = [f"{observer.get(name, 0):,} {name.replace('_', ' ')}" for name in names]
     return ", ".join([text, *(one for one in more if not one.startswith("0 "))])
 
 

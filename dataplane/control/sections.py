@@ -29,6 +29,9 @@ class Observe(Section):
         default_factory=list, description="events that are not told; drops always are"
     )
     dns: bool = Field(True, description="DNS messages are flows of layer 7; they are not on disk")
+    dns_rate: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        5000, description="so many a second (refused ones always); more are left out; 0: no limit"
+    )
     sample: Annotated[int, Field(ge=0, le=1 << 24)] = Field(
         0, description="tell one packet of so many, rounded up to a power of two; 0: none"
     )

@@ -109,7 +109,7 @@ def _serve(config: Config, shm: Shm, stop: threading.Event) -> None:
     options = config.observe
     names = KnownNames(shm)
     roster = Roster(config, names)
-    source = Collector(shm, options.flows, roster.take, options.dns)
+    source = Collector(shm, options.flows, roster.take, options.dns, options.dns_rate)
     book = LiveBook(shm, shm.folder / RULES, shm.folder / NAMES)
     book.names, book.messages = names.of, source.messages.get
     observer = Observer(source, book, config.node.name)

@@ -2,12 +2,12 @@
 
 Rule: one thread writes directory and store; whoever asks only reads, and never holds it up.
 
-Theory. Every POLL_S (IDLE_S when nothing comes) the rings are copied, spread over columns, joined
-by time, and given the numbers of their pods. A pod's name may come later than its first packets, so
-what came lately is named once more when the directory has changed. What an observer finds in the
-rings when it starts is named by the pods that it is told of first: addresses rest before they are
-another's. Questions that follow wait for a condition. What the rings have lost is kept as numbers
-with the time at which that was seen.
+Theory. Every POLL_S (IDLE_S when nothing comes but DNS) the rings are copied, spread over columns,
+joined by time, and given the numbers of their pods. A pod's name may come later than its first
+packets, so what came lately is named once more when the directory has changed. What an observer
+finds in the rings when it starts is named by the pods that it is told of first: addresses rest
+before they are another's. Questions that follow wait for a condition. What the rings have lost is
+kept as numbers with the time at which that was seen.
 """
 
 import threading
@@ -51,24 +51,29 @@ class Collector:
     """Store, directory, and the thread that fills them."""
 
     def __init__(
-        self, shm: Shm, capacity: int, names: Callable[[], Any] = lambda: None, dns: bool = True
+        self,
+        shm: Shm,
+        capacity: int,
+        names: Callable[[], Any] = lambda: None,
+        dns: bool = True,
+        dns_rate: int = 0,
     ) -> None:
         """capacity: flows kept. names: returns rows of pods when these have changed, else None.
 
-        dns: DNS messages are flows, too.
+        dns: DNS messages are flows, too; dns_rate: so many a second, 0: all.
 
         A row: {"namespace", "name", "number", "node", "addresses"}; number: 0 on other nodes.
         """
         self._names, self._shm = names, shm
         self._reader = EventReader(shm)
         self.epoch = self._reader.epoch
-        self.messages = Messages(shm, time.monotonic)
+        self.messages = Messages(shm, time.monotonic, dns_rate)
         self._dns = dns
         self.store = Store(capacity)
         self.directory = Directory()
         self.changed = threading.Condition()
         self.losses: deque[Loss] = deque(maxlen=LOSSES_KEPT)
-        self.lost = 0
+        self.lost = self.told = 0  # told: flows that are no DNS messages
         self.started_ns = time.time_ns()
         self.sinks: list[Callable[[Columns], None]] = []  # get what comes, named
         self._held: dict[Address, End] = {}
@@ -97,10 +102,10 @@ class Collector:
     def _run(self) -> None:
         pause = POLL_S
         while not self._stop.is_set():
-            head = self.store.head
+            told = self.told
             if self.turn():
                 continue
-            pause = POLL_S if self.store.head != head else min(2 * pause, IDLE_S)
+            pause = POLL_S if self.told != told else min(2 * pause, IDLE_S)
             self._stop.wait(pause)
 
     def turn(self) -> bool:
@@ -120,6 +125,7 @@ class Collector:
                 self.losses.append(loss)
             if len(batch.records):
                 parts.append(spread(batch.records, batch.ring, batch.first, offset))
+                self.told += len(batch.records)
         if self._dns and (said := self._said(offset)) is not None:
             parts.append(said)
         if parts:
@@ -128,11 +134,13 @@ class Collector:
 
     def _said(self, offset: int) -> Columns | None:
         """Return the DNS messages that are new."""
-        before = self.messages.lost
+        lost, left_out = self.messages.lost, self.messages.left_out
         said = self.messages.read(offset)
-        if count := self.messages.lost - before:
-            self.lost += count
-            self.losses.append(Loss(RING, count, self.store.head, time.time_ns()))
+        lost, left_out = self.messages.lost - lost, self.messages.left_out - left_out
+        if lost + left_out:
+            self.lost += lost
+            loss = Loss(RING, lost + left_out, self.store.head, time.time_ns())
+            self.losses.append(loss)
         return said
 
     def _add(self, flows: Columns) -> None:

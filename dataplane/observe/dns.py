@@ -4,9 +4,11 @@ Rule: a message is one flow, shown as Hubble shows what Cilium's DNS proxy logs;
 bounded, and what nobody could read any more is counted.
 
 Theory. A query and its answer are two flows, the answer turned round; a query that policy refuses
-is a dropped request. In columns a message is a row like any other, of kind DNS; what has no column
-(name, addresses, rcode) is the event itself, of which the last KEPT are here, by `position`.
-Missing answers are no messages: `penstock dns` shows them.
+is a dropped request. Reading takes a core's time from those who ask, so only so many messages a
+second become flows; refused ones always do, and the others are counted. In columns a message is a
+row like any other, of kind DNS; what has no column (name, addresses, rcode) is the event itself, of
+which the last KEPT are here, by `position`. Missing answers are no messages: `penstock dns` shows
+them.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +19,11 @@ import numpy as np
 from dataplane.observe.columns import FIELDS, NOBODY, REPLY, Columns
 from dataplane.observe.expressions import compiled
 from dataplane.tables.connection_view import NUMBERS
-from dataplane.tables.dns_events import DnsEvents
+from dataplane.tables.dns_events import ALL, RAW, DnsEvents, span
 from dataplane.tables.names import spelled
 from dataplane.tables.names_view import FLAGS, address_of, family_of, rcode_name, type_name
 from dataplane.tables.shm import Shm
-from dataplane.tables.verdicts import Reader
+from dataplane.tables.verdicts import identity_of
 from xdp.abi import CONST, DTYPE, value
 
 DNS = 64  # as a column's kind: behind those of enum flow_event
@@ -38,9 +40,10 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 class Messages:
     """DNS events of a Shm, from the oldest that is still there on."""
 
-    def __init__(self, shm: Shm, clock: Callable[[], float]) -> None:
-        """Nothing is read yet. clock: seconds."""
-        self._shm, self._clock = shm, clock
+    def __init__(self, shm: Shm, clock: Callable[[], float], rate: int = 0) -> None:
+        """Nothing is read yet. clock: seconds; rate: messages a second, 0: no limit."""
+        self._shm, self._clock, self._rate = shm, clock, rate
+        self._room, self._room_at = float(rate), -1.0
         self._events = DnsEvents(shm)
         self._kept = np.zeros(KEPT, DTYPE["dns_event"])
         self.head = 0
@@ -49,20 +52,41 @@ class Messages:
 
     def read(self, wall_minus_monotonic_ns: int) -> Columns | None:
         """Return what is new as columns whose ends are not known yet, None: nothing is."""
-        rows = self._events.read()
+        rows = self._events.read(self._allowed(), REFUSED)
+        self._room = max(0.0, self._room - len(rows))
         shown = rows["kind"] != MISSING
         rows = rows if shown.all() else rows[shown]
         if not len(rows):
             return None
         positions = np.arange(self.head, self.head + len(rows))
-        self._kept[positions[-KEPT:] % KEPT] = rows[-KEPT:]
         self.head += len(rows)
+        self._keep(rows[-KEPT:])
         return self._columns(rows, positions, wall_minus_monotonic_ns)
+
+    def _allowed(self) -> int:
+        """Return how many messages may be read now; at the beginning what is there."""
+        now, before = self._clock(), self._room_at
+        self._room_at = now
+        if not self._rate or before < 0:
+            return ALL
+        self._room = min(self._room + (now - before) * self._rate, float(self._rate))
+        return int(self._room)
+
+    def _keep(self, rows: np.ndarray) -> None:
+        at = 0
+        for place in span(self._kept.view(RAW), self.head - len(rows), self.head):
+            place[:] = rows[at : at + len(place)].view(RAW)
+            at += len(place)
 
     @property
     def lost(self) -> int:
         """Messages that nobody could read."""
         return self._events.lost
+
+    @property
+    def left_out(self) -> int:
+        """Messages beyond the rate."""
+        return self._events.left_out
 
     def _columns(self, rows: np.ndarray, positions: np.ndarray, offset: int) -> Columns:
         made = {name: np.zeros(len(rows), dtype) for name, dtype in FIELDS.items()}
@@ -99,14 +123,12 @@ class Messages:
             self._read_at = self._clock()
         mixed = rows["server_hi"] * _MIX ^ rows["server_lo"]
         _, first, which = np.unique(mixed, return_index=True, return_inverse=True)
-        reader: Reader | None = None
         numbers = []
         for n in first.tolist():
             row = rows[n]
             key = int(row["family"]), int(row["server_hi"]), int(row["server_lo"])
             if key not in self._identities:
-                reader = reader or Reader(self._shm)
-                self._identities[key] = reader.find(str(address_of(*key)))[1].identity
+                self._identities[key] = identity_of(self._shm, *key)
             numbers.append(self._identities[key])
         return np.array(numbers, np.int64)[which.reshape(-1)]
 

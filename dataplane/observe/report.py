@@ -30,6 +30,7 @@ def write(path: Path, source: "Collector", history: "History | None") -> None:
         "seen": source.store.head,
         "rate": round(source.rate, 1),
         "lost": source.lost,
+        "left_out": source.messages.left_out,
         "history": history is not None,
         "not_written": history.dropped if history is not None else 0,
         "problem": history.problem if history is not None else "",

@@ -29,6 +29,14 @@ def _mask(length: int) -> int:
     return (0xFFFFFFFF << (32 - length)) & 0xFFFFFFFF if length else 0
 
 
+def lookup4(wide: np.ndarray, deep: np.ndarray, address: int) -> int:
+    """Return the index of the longest prefix over an address, 0: none; as kernels/route.py does."""
+    word = int(wide[address >> 8])
+    if word & EXT:
+        word = int(deep[(word & INDEX_MASK) * 256 + (address & 255)])
+    return word & INDEX_MASK
+
+
 class Fib4:
     """Routes of IPv4, in `wide` uint32[2**24] and `deep` uint32[groups * 256]."""
 

@@ -34,6 +34,24 @@ def slot(hi: int, lo: int, depth: int, mask: int | None = None) -> int:
     return mixed & (SLOTS_MASK if mask is None else mask)
 
 
+def lookup6(entries: np.ndarray, lengths: np.ndarray, address: int) -> int:
+    """Return the index of the longest prefix over an address, 0: none; as kernels/route.py does."""
+    mask = len(entries) - 1
+    for length in range(128, -1, -1):
+        if not int(lengths[length // 64]) >> length % 64 & 1:
+            continue
+        prefix = address >> (128 - length) << (128 - length)
+        hi, lo = prefix >> 64, prefix & MASK64
+        first = slot(hi, lo, length + 1, mask)
+        for probe in range(PROBES):
+            row = entries[(first + probe) & mask]
+            if row["depth"] == EMPTY:
+                break
+            if (row["depth"], row["hi"], row["lo"]) == (length + 1, hi, lo):
+                return int(row["index"])
+    return 0
+
+
 class Fib6:
     """Prefixes of IPv6, in `entries` fib6_entry[a power of two] and `lengths` uint64[4]."""
 

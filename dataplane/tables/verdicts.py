@@ -13,8 +13,8 @@ from ipaddress import IPv4Network, IPv6Network, ip_address
 import numpy as np
 
 from dataplane.tables.entries import Entries
-from dataplane.tables.fib4 import Fib4
-from dataplane.tables.fib6 import Fib6
+from dataplane.tables.fib4 import Fib4, lookup4
+from dataplane.tables.fib6 import Fib6, lookup6
 from dataplane.tables.policies import GROUP_MASK, WIDE_SHIFT
 from dataplane.tables.shm import Shm
 from xdp.abi import CONST, ENUM, value
@@ -94,6 +94,15 @@ class Entry:
     last: int
     verdict: Verdict
     selector: int = 0
+
+
+def identity_of(shm: Shm, family: int, hi: int, lo: int) -> int:
+    """Return the identity of an address, without reading back what a Reader does."""
+    if family == 4:
+        row = lookup4(shm.ipcache4_wide, shm.ipcache4_deep, lo)
+    else:
+        row = lookup6(shm.ipcache6, shm.ipcache6_lengths, hi << 64 | lo)
+    return int(shm.peers[row]["identity"])
 
 
 class Reader:

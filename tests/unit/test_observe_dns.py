@@ -162,3 +162,37 @@ def test_no_pattern_holds_a_thread():
     assert not expressions.compiled("dns_query", "^(([a-z]+)+)+$").search("a" * 250 + ".")
     assert not fqdn_pattern(["*a" * 60 + "*b"]).fullmatch("a" * 250)
     assert not node_pattern("*a" * 60 + "*b").fullmatch("default/" + "a" * 250)
+
+
+def test_of_more_messages_than_the_rate_the_newest_and_all_refused_ones_are_flows(tmp_path):
+    """What is left out is counted, and a client is told; the next second has room again."""
+    clock = [100.0]
+    node = Node(tmp_path)
+    messages = dns.Messages(node.shm, lambda: clock[0], rate=10)
+    tell(node, *({"kind": QUERY, "name": "before.example"} for _ in range(25)))
+    assert messages.read(0).count == 25, "what was there at the beginning"
+    clock[0] += 1
+    tell(node, {"kind": REFUSED, "name": "bad.example", "rcode": 5},
+         *({"kind": QUERY, "name": f"n{n}.example"} for n in range(40)))  # fmt: skip
+    some = messages.read(0)
+    names = [messages.get(int(position))["query"] for position in some.position]
+    assert names == ["bad.example.", *(f"n{n}.example." for n in range(30, 40))]
+    assert (messages.left_out, messages.lost) == (30, 0)
+    clock[0] += 0.5
+    tell(node, *({"kind": QUERY, "name": "later.example"} for _ in range(8)))
+    assert messages.read(0).count == 5
+    assert messages.left_out == 33
+    node.close()
+
+
+def test_a_ring_that_comes_round_is_read_in_order(tmp_path):
+    node = Node(tmp_path)
+    size = CONST["DNS_EVENTS_MAX"]
+    node.shm.dns_notes["events"][0] = size - 3
+    messages = dns.Messages(node.shm, lambda: 0.0)
+    messages.read(0)
+    tell(node, *({"kind": QUERY, "name": f"n{n}.example"} for n in range(7)))
+    some = messages.read(0)
+    names = [messages.get(int(position))["query"] for position in some.position]
+    assert names == [f"n{n}.example." for n in range(7)]
+    node.close()

@@ -11,8 +11,8 @@ from dataplane.kernels import route
 from dataplane.kernels.house import kernel
 from dataplane.tables import fib6 as fib6_module
 from dataplane.tables.errors import TableFull
-from dataplane.tables.fib4 import DEPTH_MASK, DEPTH_SHIFT, EXT, INDEX_MASK, Fib4
-from dataplane.tables.fib6 import DELETED, EMPTY, Fib6, slot
+from dataplane.tables.fib4 import DEPTH_MASK, DEPTH_SHIFT, Fib4, lookup4
+from dataplane.tables.fib6 import DELETED, Fib6, lookup6, slot
 from xdp.abi import CONST, DTYPE
 
 GROUPS = 8
@@ -51,13 +51,6 @@ def edges(routes, bits: int) -> set[int]:
 @pytest.fixture(scope="module")
 def wide():
     return np.zeros(CONST["FIB4_WIDE"], np.uint32)
-
-
-def lookup4(wide, deep, address: int) -> int:
-    word = int(wide[address >> 8])
-    if word & EXT:
-        word = int(deep[(word & INDEX_MASK) * 256 + (address & 255)])
-    return word & INDEX_MASK
 
 
 def area(first: int = 0x0A000000 >> 8, count: int = 1 << 12) -> list[tuple[int, int]]:
@@ -161,22 +154,6 @@ def test_ipv4_groups_run_out_without_a_trace_and_rest_before_reuse(wide):
 def small(monkeypatch):
     """A table of 64 slots, so that runs meet, wrap around and fill up."""
     monkeypatch.setattr(fib6_module, "SLOTS_MASK", 63)
-
-
-def lookup6(entries, lengths, address: int) -> int:
-    for length in range(128, -1, -1):
-        if not int(lengths[length // 64]) >> (length % 64) & 1:
-            continue
-        prefix = address >> (128 - length) << (128 - length)
-        at = slot(prefix >> 64, prefix & (1 << 64) - 1, length + 1)
-        for probe in range(fib6_module.PROBES):
-            entry = entries[(at + probe) & fib6_module.SLOTS_MASK]
-            if entry["depth"] == EMPTY:
-                break
-            here = int(entry["hi"]) << 64 | int(entry["lo"])
-            if entry["depth"] == length + 1 and here == prefix:
-                return int(entry["index"])
-    return 0
 
 
 @kernel
