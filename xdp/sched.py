@@ -19,21 +19,29 @@ from xdp.errors import KernelError
 SET_ATTR = {"x86_64": 314, "aarch64": 274}  # number of the system call
 SLICE_NS = 100_000  # the least that the kernel grants
 SIZE = 48  # struct sched_attr, first version
+DEFERRED = 5  # nice
 
 
 def defer() -> None:
-    """Let this thread take its core from nobody who runs when it wakes (SCHED_BATCH)."""
-    with suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    """Let others go first: for a thread that counts and tells what has passed already.
+
+    It runs a short slice at a time, takes its core from nobody when it wakes (SCHED_BATCH), and has
+    a small share where all cores are busy.
+    """
+    _ask(os.SCHED_BATCH, max(DEFERRED, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def hasten(nice: int) -> bool:
     """Ask for short slices and a nice value (-20..19) for this thread; return whether granted."""
+    return _ask(os.SCHED_OTHER, nice)
+
+
+def _ask(policy: int, nice: int) -> bool:
     number = SET_ATTR.get(platform.machine())
     if number is None:
         return False
-    # size, policy (SCHED_OTHER), flags, nice, priority, runtime, deadline, period
-    attributes = struct.pack("=IIQiIQQQ", SIZE, 0, 0, nice, 0, SLICE_NS, 0, 0)
+    # size, policy, flags, nice, priority, runtime, deadline, period
+    attributes = struct.pack("=IIQiIQQQ", SIZE, policy, 0, nice, 0, SLICE_NS, 0, 0)
     with suppress(KernelError):
         libc.call(number, 0, attributes, 0)
         return True

@@ -27,6 +27,7 @@ from dataplane.observe.protocol import SOCKET
 from dataplane.observe.service import Observer, Peer, Server, credentials
 from dataplane.tables.events import epoch
 from dataplane.tables.shm import Shm
+from xdp.sched import defer
 
 ASK_S, AWAY_S, LOOK_S = 0.1, 2.0, 1.0
 NEWS_S = 1.0  # so long the agent waits for news before it answers that there are none
@@ -96,6 +97,7 @@ def _open(config: Config, stop: threading.Event) -> Shm | None:
 def main(config: Config) -> int:
     """Run until SIGTERM; return the exit status."""
     stop = threading.Event()
+    defer()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with hold(config.run_dir / "observer.lock"):

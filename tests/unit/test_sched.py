@@ -32,6 +32,17 @@ def test_a_thread_gets_short_slices_and_others_do_not():
     assert os.getpriority(os.PRIO_PROCESS, os.getpid()) == before
 
 
+def test_who_defers_gives_way(monkeypatch):
+    def asked() -> tuple[int, int]:
+        sched.defer()
+        return os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)
+
+    assert _in_a_thread(asked) == (os.SCHED_BATCH, max(sched.DEFERRED, os.getpriority(0, 0)))
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER, "others go on as before"
+    monkeypatch.setattr(sched, "SET_ATTR", {})
+    assert _in_a_thread(asked)[0] == os.SCHED_OTHER
+
+
 def test_who_is_refused_goes_on(monkeypatch):
     monkeypatch.setattr(sched, "SET_ATTR", {})
     assert not sched.hasten(0)
