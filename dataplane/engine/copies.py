@@ -4,9 +4,10 @@ Rule: nobody waits for this thread, so it never takes a core from somebody who w
 
 Theory. A message is forwarded in the time of its sender; what is left is counting, which may come
 milliseconds later (kernels/dns_copies.py). The thread looks into the ring every LOOK_MS as long as
-copies come, so that it wakes for many at a time, and yields its core after each few. When none have
-come twice it sleeps until the next one wakes it: `dns_wake` asks the programs for that, one turn
-before it sleeps long, so that none comes unseen in between.
+copies come, and reads many at a time: what one needs in the caches the next one finds there, which
+halves what it costs. After each PIECE it yields its core. When none have come twice it sleeps until
+the next one wakes it: `dns_wake` asks the programs for that, one turn before it sleeps long, so
+that none comes unseen in between.
 """
 
 import os
@@ -21,7 +22,8 @@ from dataplane.kernels.tables import Tables
 from xdp.abi import CONST
 from xdp.sched import defer
 
-LOOK_MS = 5
+LOOK_MS = 20
+PIECE = 256  # and so many: who wakes meanwhile waits for 0.2 ms at most
 SLEEP_MS = 60_000
 
 
@@ -31,7 +33,7 @@ class CopyReader:
     def __init__(self, shm: Any, tables: Tables, table: FlowTable) -> None:
         """tables: a view of our own, with a scratch."""
         lane = make_lane(shm, CONST["DNS_READER"])
-        self._arguments = tables, table.flows, lane, ALL
+        self._arguments = tables, table.flows, lane, ALL, PIECE
         self._steering = table.steering
         self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()

@@ -65,7 +65,10 @@ def _jobs(second: bool, load: bool = False) -> list[tuple[str, Callable[[], obje
         ("and flush", conntrack.compile),
         ("names", names.compile),
         ("names over TCP", Judge(shm).compile),
-        ("copies of messages", lambda: read(tables, flows, make_lane(shm, CONST["DNS_READER"]), 0)),
+        (
+            "copies of messages",
+            lambda: read(tables, flows, make_lane(shm, CONST["DNS_READER"]), 0, 1),
+        ),
     ]
     if second:
         return [*beside, ("the scratch files away", scratch.cleanup)]

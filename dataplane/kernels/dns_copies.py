@@ -49,7 +49,6 @@ LANES = CONST["DNS_LANES"]
 COPIES_WORDS = HELD + LANES
 NONE = 1 << 62  # held by nobody
 ALL = 1 << 32  # more copies than a ring holds
-PIECE = 16  # some 10 us: who wakes meanwhile waits no longer
 
 HEAD = 8  # BPF_RINGBUF_HDR_SZ
 BUSY, DISCARD = 1 << 31, 1 << 30
@@ -155,13 +154,13 @@ def read_copies(t, f, c, most):
 
 
 @kernel
-def read(t, f, c, most):
-    """`read_copies`, for a thread of its own, which lets others run every few. c: DnsLane."""
+def read(t, f, c, most, piece):
+    """`read_copies`, for a thread of its own, which lets others run every `piece`. c: DnsLane."""
     count = np.int64(0)
     while count < most:
-        some = read_copies(t, f, c, min(np.int64(PIECE), most - count))
+        some = read_copies(t, f, c, min(piece, most - count))
         count += some
-        if some < PIECE:
+        if some < piece:
             break
         sched_yield()
     return count

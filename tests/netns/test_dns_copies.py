@@ -53,7 +53,7 @@ class Node:
 
     def read(self, most: int = ALL) -> int:
         lane = make_lane(self.world.shm, CONST["DNS_READER"])
-        return dns_copies.read(self.world.tables, self.flow.table.flows, lane, most)
+        return dns_copies.read(self.world.tables, self.flow.table.flows, lane, most, 16)
 
     def apply(self, text: str, name: str = "genai") -> None:
         """Put a policy into force, as the agent does: every entry is stale then."""
@@ -233,7 +233,7 @@ def test_several_threads_read_each_copy_once(node):
     lanes = [make_lane(node.world.shm, lane) for lane in (0, 1, CONST["DNS_READER"])]
 
     def work(n: int) -> None:
-        while dns_copies.read(tables[n], flow, lanes[n], 3) or not stop.is_set():
+        while dns_copies.read(tables[n], flow, lanes[n], 3, 2) or not stop.is_set():
             pass
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
