@@ -6,10 +6,10 @@
  *
  * Theory. Names are read in user space (dataplane/kernels/dns_copies.py), but of a pod whose policies
  * name no names nothing is decided by them: so its messages go on at once, and a copy is left in a BPF
- * ring (Documentation/bpf/ringbuf.rst) for whoever counts them. That one looks into the ring each
- * millisecond while there is something; a wake-up, which costs more than the copy, is only sent when it
- * has gone to sleep for longer, as AF_XDP's need_wakeup does. A message that is larger than a copy may
- * be takes the way through the forwarder.
+ * ring (Documentation/bpf/ringbuf.rst) for whoever counts them. That one looks into the ring again and
+ * again while there is something; a wake-up, which costs more than the copy, is only sent when it has
+ * gone to sleep for longer, as AF_XDP's need_wakeup does. A message that is larger than a copy may be
+ * takes the way through the forwarder.
  */
 #ifndef PENSTOCK_COPIES_H
 #define PENSTOCK_COPIES_H
