@@ -1,6 +1,7 @@
 """When a thread gets its core, beside others that want it.
 
-Rule: this asks for time soon, not for more than `nice` says; who is refused goes on as before.
+Rule: this asks for time soon, or lets others go first; never for more than `nice` says. Who is
+refused goes on as before.
 
 Theory. Linux' scheduler (EEVDF, since 6.6) runs the thread whose deadline is next, which is a slice
 ahead of its share. With a short slice (sched_setattr(2), since 6.12) a thread that wakes does not

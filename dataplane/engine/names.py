@@ -42,7 +42,7 @@ LIMITS = {
     "name_capped": "a name leads to more addresses than dns.addresses_max: raise it",
     "selectors_full": "a name fits more patterns than NAME_SELECTORS: some do not hold for it",
     "queries_displaced": "more queries wait than QUERIES_MAX: some answers will fit none",
-    "copies_lost": "DNS messages passed uncounted: the worker got no core in time (DNS_COPIES)",
+    "copies_lost": "DNS messages passed uncounted: no core to read them in time (DNS_COPIES)",
 }
 """Counter -> what is full."""
 

@@ -41,10 +41,16 @@ class DnsEvents:
     def read(self, most: int = ALL, always: int = -1) -> np.ndarray:
         """Return what is new, by time: dns_event[n].
 
-        most: the newest so many of a lane; of what is older only those of kind `always`.
+        most: the newest so many of all lanes; of what is older only those of kind `always`.
         """
-        heads = self._shm.dns_notes["events"]
-        found = [self._lane(n, most, always) for n in range(LANES) if heads[n] != self._next[n]]
+        heads = self._shm.dns_notes["events"].tolist()
+        fresh = {n: min(abs(heads[n] - self._next[n]), SIZE) for n in range(LANES)}
+        total = sum(fresh.values())
+        found = [
+            self._lane(n, count if total <= most else most * count // total, always)
+            for n, count in fresh.items()
+            if count
+        ]
         if len(found) == 1:  # of one worker: in order, and not copied once more
             return found[0]
         if not found:

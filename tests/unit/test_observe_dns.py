@@ -185,6 +185,18 @@ def test_of_more_messages_than_the_rate_the_newest_and_all_refused_ones_are_flow
     node.close()
 
 
+def test_the_rate_is_one_for_all_lanes(tmp_path):
+    node, clock = Node(tmp_path), [100.0]
+    messages = dns.Messages(node.shm, lambda: clock[0], rate=10)
+    messages.read(0)
+    clock[0] += 1
+    for lane, count in ((0, 30), (1, 10), (CONST["DNS_READER"], 60)):
+        tell(node, *({"kind": QUERY, "name": "n.example"} for _ in range(count)), lane=lane)
+    assert messages.read(0).count == 10
+    assert messages.left_out == 90
+    node.close()
+
+
 def test_a_ring_that_comes_round_is_read_in_order(tmp_path):
     node = Node(tmp_path)
     size = CONST["DNS_EVENTS_MAX"]
