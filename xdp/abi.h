@@ -16,7 +16,7 @@
 #ifndef PENSTOCK_ABI_H
 #define PENSTOCK_ABI_H
 
-#define ABI_VERSION 7
+#define ABI_VERSION 8
 
 /* --- limits ------------------------------------------------------------------------------- */
 
@@ -112,6 +112,8 @@
 #define DNS_PROXY 17
 #define DNS_READER 18
 #define DNS_SERVERS_MAX 64           /* servers that a worker counts apart, the last one: all others */
+#define DNS_KINDS 64                 /* kinds of messages that a pod has counted apart; the last three: all others */
+#define DNS_KIND_OTHER 562949953421312 /* struct dns_kind: this is the row of all others */
 #define DNS_EVENTS_MAX 8192          /* events that a worker keeps */
 #define DNS_EVENT_ADDRESSES 4
 #define DNS_COPIES 4194304           /* bytes of the ring of copies that the flow table makes */
@@ -779,6 +781,13 @@ struct dns_counter {
   __u64 rcodes[16];              /* answers */
   __u32 latency[112];            /* answers by bucket */
   __u64 reserved1[3];
+};
+
+/* How many messages of a pod are alike. The key, from its lowest bit: 16 of the type, 8 each of the rcode,
+ * enum dns_event_kind, addresses and CNAMEs of an answer, 1 of IPv6, DNS_KIND_OTHER. 0: nobody's row. */
+struct dns_kind {
+  __u64 key;
+  __u64 count;
 };
 
 /* What a worker did about names; the last row is the sweeper's. */

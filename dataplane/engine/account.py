@@ -40,6 +40,7 @@ class Counters(NamedTuple):
     clock: Rows  # int64[3]: struct timespec for clock_gettime, and its own memory address
     marks: Rows  # int64[1]: time of the last stage mark, ns
     dns_pods: Rows  # dns_counter[PORTS_MAX]
+    dns_kinds: Rows  # dns_kind[PORTS_MAX * DNS_KINDS]
     dns_servers: Rows  # dns_counter[DNS_SERVERS_MAX]
     dns_events: Rows  # dns_event[DNS_EVENTS_MAX]
     dns_notes: Rows  # naming_counter[1]
@@ -65,6 +66,7 @@ class DnsLane(NamedTuple):
     """Rows of the counters of DNS of who is no worker."""
 
     dns_pods: Rows
+    dns_kinds: Rows
     dns_servers: Rows
     dns_events: Rows
     dns_notes: Rows
@@ -80,6 +82,7 @@ def dns_rows(shm, number) -> tuple[np.ndarray, ...]:
     """Return a worker's rows of what is counted and told of DNS."""
     return (
         shm.dns_pods[number],
+        shm.dns_kinds[number].reshape(-1),
         shm.dns_servers[number],
         shm.dns_events[number],
         shm.dns_notes[number : number + 1],

@@ -1,11 +1,13 @@
-"""What is counted and told of DNS: by pod, by server, and as a ring of events.
+"""What is counted and told of DNS: by pod, by server, by kind, and as a ring of events.
 
 Rule: each worker has its own counters and its own ring; readers add up, and miss nothing unseen: an
 event's number says how many were overwritten.
 
 Theory. Latency goes into buckets, four an octave (as HDR histograms), from a microsecond to some
 minutes: a percentile is right within an eighth, costs one addition, and adds up over workers. A
-pod's row begins anew when its port is another pod's. Servers have rows by address in a small table,
+pod's row begins anew when its port is another pod's. Messages that are alike in all that Hubble's
+metrics ask for (type, rcode, records) are one row of a small table of the pod, which is exact where
+a reader of events would miss some. Servers have rows by address in a small table,
 first come; beyond it all others share the last row. An event is written around its `sequence`, 0
 meanwhile, so a reader can tell whether it was overwritten under his eyes.
 """
@@ -34,10 +36,21 @@ COUNTER, EVENT = DTYPE["dns_counter"].itemsize, DTYPE["dns_event"].itemsize
 _fields = DTYPE["dns_event"].fields
 assert _fields is not None
 EVENT_TEXT = int(_fields["text"][1])
+KINDS, KIND = CONST["DNS_KINDS"], DTYPE["dns_kind"].itemsize
+KIND_OTHER = CONST["DNS_KIND_OTHER"]
+TYPE_SHIFT, RCODE_SHIFT, KIND_SHIFT, ADDRESSES_SHIFT, CNAMES_SHIFT, SIX_SHIFT = (
+    0,
+    16,
+    24,
+    32,
+    40,
+    48,
+)
+EVENTS = value("DNS_EVENT_REFUSED")  # those that have kinds are 1..3
 MIX_A, MIX_B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 SHIFT = np.uint64(32)
 ONE = np.uint64(1)
-LOOKS = 8  # rows of servers that a lookup may touch
+LOOKS = 8  # rows of servers, of kinds, that a lookup may touch
 
 TYPE_OTHER, TYPE_A, TYPE_AAAA = (value(f"DNS_TYPE_{name}") for name in ("OTHER", "A", "AAAA"))
 TYPE_CNAME, TYPE_PTR, TYPE_SRV = (value(f"DNS_TYPE_{name}") for name in ("CNAME", "PTR", "SRV"))
@@ -83,11 +96,42 @@ def _begin(rows, row, used, hi, lo):
 
 
 @inline
-def pod_row(pods, port, endpoint):
-    """Row of a pod's counters. pods: Rows of dns_counter[PORTS_MAX]."""
-    if pods[port].used != endpoint + 1:
-        _begin(pods, port, endpoint + 1, np.uint64(0), np.uint64(0))
+def pod_row(c, port, endpoint):
+    """Row of a pod's counters. c: Counters or DnsLane."""
+    if c.dns_pods[port].used != endpoint + 1:
+        kinds = c.dns_kinds.address + port * KINDS * KIND
+        for at in range(0, KINDS * KIND, 8):
+            store64(kinds + at, 0)
+        _begin(c.dns_pods, port, endpoint + 1, np.uint64(0), np.uint64(0))
     return port
+
+
+@outline
+def count_kind(kinds, pod, key):
+    """Count a message of a pod. kinds: Rows of dns_kind; key: as of `kind_of`."""
+    first = kinds.address + pod * KINDS * KIND
+    h = np.int64((np.uint64(key) * MIX_A) >> SHIFT)
+    for n in range(LOOKS):
+        row = first + (h + n) % (KINDS - EVENTS) * KIND
+        stands = load64(row)
+        if stands == key:
+            store64(row + 8, load64(row + 8) + 1)
+            return
+        if stands == 0:
+            store64(row + 8, 1)
+            store64_release(row, key)
+            return
+    event = key >> KIND_SHIFT & 0xFF
+    row = first + (KINDS - event) * KIND
+    store64(row + 8, load64(row + 8) + 1)
+    store64_release(row, KIND_OTHER | event << KIND_SHIFT)
+
+
+@inline
+def kind_of(event, asked, rcode, addresses, cnames, six):
+    """Key of struct dns_kind. event: enum dns_event_kind; asked: type; six: 1: IPv6."""
+    key = asked | rcode << RCODE_SHIFT | event << KIND_SHIFT
+    return key | addresses << ADDRESSES_SHIFT | cnames << CNAMES_SHIFT | six << SIX_SHIFT
 
 
 @outline

@@ -92,7 +92,7 @@ def judge_query(t, c, number, message, size, now, tick):
     con = t.connections[number]
     n, only = t.naming, con.egress_rule & NAMES_ONLY
     scratch = n.scratch.address
-    pod = pod_row(c.dns_pods, np.int64(con.port), np.int64(t.ports[con.port].endpoint))
+    pod = pod_row(c, np.int64(con.port), np.int64(t.ports[con.port].endpoint))
     packed = m.read_question(message, size, scratch + S_NAME, scratch + S_OFFSETS)
     if packed < 0 or load16be(message + m.FLAGS) & m.QR:
         c.dns_pods[pod].malformed += ONE

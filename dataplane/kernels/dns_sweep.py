@@ -113,7 +113,7 @@ def _tell(t, c, number, now):
     n = t.naming
     query = n.queries[number]
     con = t.connections[query.connection]
-    pod = pod_row(c.dns_pods, np.int64(query.port), np.int64(t.ports[query.port].endpoint))
+    pod = pod_row(c, np.int64(query.port), np.int64(t.ports[query.port].endpoint))
     c.dns_pods[pod].missing += ONE
     server = server_row(c.dns_servers, query.server_hi, query.server_lo)
     c.dns_servers[server].missing += ONE

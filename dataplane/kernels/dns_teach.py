@@ -109,7 +109,7 @@ def judge_answer(t, c, number, message, size, whole, now, tick):
     n, names = t.naming, con.egress_rule & NAMES
     scratch = n.scratch.address
     name_at, offsets, hashes = scratch + S_NAME, scratch + S_OFFSETS, scratch + S_HASHES
-    pod = pod_row(c.dns_pods, np.int64(con.port), np.int64(t.ports[con.port].endpoint))
+    pod = pod_row(c, np.int64(con.port), np.int64(t.ports[con.port].endpoint))
     packed = m.read_question(message, size, name_at, offsets)
     head = load16be(message + m.FLAGS) if size >= m.HEADER else np.int64(0)
     if packed < 0 or not head & m.QR:

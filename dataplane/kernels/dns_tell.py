@@ -15,8 +15,10 @@ from dataplane.kernels.dns_count import (
     EVENTS_MASK,
     begin_event,
     count_answer,
+    count_kind,
     count_query,
     end_event,
+    kind_of,
     server_row,
     set_text,
 )
@@ -35,7 +37,7 @@ assert _fields is not None
 N_QUERIES, N_ANSWERS, N_REFUSED, N_FAILURES, N_MISSING = (
     int(_fields[field][1]) for field in ("queries", "answers", "refused", "failures", "missing")
 )
-ONE = np.uint64(1)
+ONE, HALF = np.uint64(1), np.uint64(32)
 
 
 @inline
@@ -74,6 +76,7 @@ def tell_query(t, c, number, pod, name, message, end, length, again, flags, now)
     kind = load16be(message + end)
     count_query(c.dns_pods, pod, kind, again)
     count_query(c.dns_servers, server_row(c.dns_servers, hi, lo), kind, again)
+    count_kind(c.dns_kinds, pod, kind_of(QUERY, kind, 0, 0, 0, 0))
     _add(t, name, N_QUERIES)
     event = _event(t, c, number, QUERY, message, end, length, now)
     c.dns_events[event & EVENTS_MASK].flags |= flags
@@ -84,6 +87,7 @@ def tell_query(t, c, number, pod, name, message, end, length, again, flags, now)
 def tell_refusal(t, c, number, pod, name, message, end, length, rcode, now):
     """Tell of a query that is answered here."""
     c.dns_pods[pod].refused += ONE
+    count_kind(c.dns_kinds, pod, kind_of(REFUSED, load16be(message + end), rcode, 0, 0, 0))
     _add(t, name, N_REFUSED)
     event = _event(t, c, number, REFUSED, message, end, length, now)
     c.dns_events[event & EVENTS_MASK].rcode = rcode
@@ -108,12 +112,16 @@ def tell_answer(t, c, number, pod, name, message, end, length, latency, found, f
     row = c.dns_events[event & EVENTS_MASK]
     row.latency_ns, row.rcode = latency, rcode
     row.flags |= flags | (TRUNCATED if truncated else 0)
+    count, cnames, six = np.int64(0), np.int64(0), np.int64(0)
     if found >= 0:
-        count = found & m.FOUND_MASK
-        row.address_count = min(count, 255)
-        row.cnames = (found >> m.CNAMES_SHIFT) & 0xFF
+        count, cnames = found & m.FOUND_MASK, (found >> m.CNAMES_SHIFT) & 0xFF
+        row.address_count, row.cnames = min(count, 255), cnames
         row.ttl = found >> m.TTL_SHIFT if count else 0
         for k in range(min(count, EVENT_ADDRESSES)):
             c.dns_events[event & EVENTS_MASK].hi[k] = t.naming.found[k].hi
             c.dns_events[event & EVENTS_MASK].lo[k] = t.naming.found[k].lo
+        if count and (t.naming.found[0].hi or t.naming.found[0].lo >> HALF):
+            six = np.int64(1)
+    key = kind_of(ANSWER, load16be(message + end), rcode, min(count, 255), cnames, six)
+    count_kind(c.dns_kinds, pod, key)
     end_event(c.dns_events, c.dns_notes, event)

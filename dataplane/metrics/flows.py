@@ -22,7 +22,6 @@ import numpy as np
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from dataplane.metrics.facts import Owner
-from dataplane.metrics.messages import MessageCounter
 from dataplane.metrics.verdicts import VerdictCounter
 from dataplane.tables.events import EventReader
 from dataplane.tables.shm import Shm
@@ -31,7 +30,6 @@ from xdp.abi import CONST, REASON_TEXT, value
 
 PART = 32768  # records of a ring that are looked at together
 ROUNDS = CONST["EVENTS_MAX"] // PART + 1
-DNS_EVENTS = CONST["DNS_EVENTS_MAX"]
 PORTS_KEPT = 1000  # distinct destination ports; others are counted as one
 PORTS_MAX = CONST["PORTS_MAX"]
 NOBODY = PORTS_MAX
@@ -86,14 +84,11 @@ class FlowCollector:
         self._world: Counter[tuple[str, ...]] = Counter()
         self._ports: Counter[tuple[int, int]] = Counter()
         self._icmp: Counter[tuple[str, str]] = Counter()
-        self.verdicts, self.dns = VerdictCounter(shm), MessageCounter(shm)
+        self.verdicts = VerdictCounter(shm)
         self.messages: Callable[[], Mapping[tuple[str, ...], int]] = dict  # flows of layer 7
 
     def take(self) -> int:
-        """Count what is new, at most what the rings hold; return how much that was.
-
-        DNS messages have smaller rings: there it is as much of them.
-        """
+        """Count what is new, at most what the rings hold; return how much that was."""
         hashes, indices = self._pods()
         total = 0
         for _ in range(ROUNDS):
@@ -103,7 +98,7 @@ class FlowCollector:
                 total += len(batch.records)
             if not batches:
                 break
-        return max(total, self.dns.take(self._owner) * (CONST["EVENTS_MAX"] // DNS_EVENTS))
+        return total
 
     def _pods(self) -> tuple[np.ndarray, np.ndarray]:
         """Addresses of local pods, hashed and in order, with the port of each."""
@@ -190,9 +185,8 @@ class FlowCollector:
             for (protocol, port), count in self._ports.items()
         }
         yield _family("port_distribution", "Connections by port", ["protocol", "port"], ports)
-        lost = {("perf_event_ring_buffer",): sum(self._reader.lost) + self.dns.lost}
+        lost = {("perf_event_ring_buffer",): sum(self._reader.lost)}
         yield _family("lost_events", "Events that nobody could read in time", ["source"], lost)
-        yield from self.dns.collect()
         labels = [*ends, "direction", "match", "action"]
         yield _family("policy_verdicts", "Verdicts of policies", labels, self.verdicts.counts)
 

@@ -3,15 +3,15 @@
 Rule: series grow with pods and servers, not with names: a pod may ask for any number of these.
 
 Theory. Workers count by pod and by server (dataplane/tables/names_view.py), so a scrape only adds
-lanes up; Hubble's counts are in messages.py. Latency, which Hubble does not have, is a histogram by
-server, one bucket an octave, and a few quantiles by pod. Of names, the NAMES_SERIES that are asked
-for most have series, once they were asked for QUERIES_LEAST times: names that a pod makes up are
-asked for once.
+lanes up; Hubble's metrics are made of the same in messages.py. Latency, which Hubble does not have,
+is a histogram by server, one bucket an octave, and a few quantiles by pod. Of names, the
+NAMES_SERIES that are asked for most have series, once they were asked for QUERIES_LEAST times:
+names that a pod makes up are asked for once.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -21,10 +21,11 @@ from prometheus_client.core import (
 )
 
 from dataplane.metrics.facts import Owner
-from dataplane.metrics.messages import RCODES
+from dataplane.metrics.messages import RCODES, families
 from dataplane.tables.names_view import ENDS, NameReader
 from dataplane.tables.shm import Shm
 
+T = TypeVar("T")
 NAMES_MOST = 20  # that the page shows
 NAMES_SERIES, QUERIES_LEAST = 50, 10
 OCTAVE = 4  # buckets of latency
@@ -80,6 +81,7 @@ class NamesCollector:
                 )
         yield summary
         yield from self._by_name()
+        yield from families(self._named(self._reader.kinds()))
         notes = CounterMetricFamily(
             "penstock_names", "What names taught, and what found no room", labels=["what"]
         )
@@ -88,13 +90,18 @@ class NamesCollector:
         yield notes
 
     def _pods(self) -> dict[str, dict[str, Any]]:
+        found = self._reader.pods()
+        if 0 in found and not found[0]["queries"] + found[0]["refused"]:
+            del found[0]
+        return self._named(found)
+
+    def _named(self, found: Mapping[int, T]) -> dict[str, T]:
         """Return the counts of pods by name; pods that have gone have no series.
 
         Number 0 has those for whom there was no row.
         """
-        found = self._reader.pods()
         named = {str(self.pods[n]): one for n, one in found.items() if n in self.pods}
-        if 0 in found and found[0]["queries"] + found[0]["refused"]:
+        if 0 in found:
             named["other"] = found[0]
         return named
 

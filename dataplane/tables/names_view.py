@@ -209,6 +209,17 @@ class NameReader:
             _add(found, int(table[lane, row]["used"]) - 1, table[lane, row])
         return {endpoint: _counter(one) for endpoint, one in found.items()}
 
+    def kinds(self) -> dict[int, dict[int, int]]:
+        """Return how many messages are alike: by endpoint, by the key of struct dns_kind."""
+        found: dict[int, dict[int, int]] = {}
+        for lane, row in np.argwhere(self.shm.dns_pods["used"] != 0).tolist():
+            mine = self.shm.dns_kinds[lane, row]
+            mine = mine[mine["key"] != 0]
+            one = found.setdefault(int(self.shm.dns_pods[lane, row]["used"]) - 1, {})
+            for key, count in mine.tolist():
+                one[key] = one.get(key, 0) + count
+        return found
+
     def servers(self) -> list[dict[str, Any]]:
         """Return what is counted of each server; the address of all that have no row is empty."""
         found: dict[str, np.void] = {}

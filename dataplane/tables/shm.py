@@ -81,6 +81,7 @@ ARRAYS = MappingProxyType(
         "learned_index": (np.dtype("<u8"), (CONST["LEARNED_MAX"],)),
         "dns_queries": (DTYPE["dns_query"], (CONST["QUERIES_MAX"],)),
         "dns_pods": (DTYPE["dns_counter"], (_LANES, CONST["PORTS_MAX"])),
+        "dns_kinds": (DTYPE["dns_kind"], (_LANES, CONST["PORTS_MAX"], CONST["DNS_KINDS"])),
         "dns_servers": (DTYPE["dns_counter"], (_LANES, CONST["DNS_SERVERS_MAX"])),
         "dns_events": (DTYPE["dns_event"], (_LANES, CONST["DNS_EVENTS_MAX"])),
         "dns_notes": (DTYPE["naming_counter"], (_LANES,)),
@@ -149,6 +150,7 @@ class Shm:
     learned_index: np.ndarray
     dns_queries: np.ndarray
     dns_pods: np.ndarray
+    dns_kinds: np.ndarray
     dns_servers: np.ndarray
     dns_events: np.ndarray
     dns_notes: np.ndarray

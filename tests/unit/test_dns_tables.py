@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 
 from dataplane.engine.names import FILE, Names
 from dataplane.engine.worker import make_tables
-from dataplane.kernels.dns_count import latency_bucket
+from dataplane.kernels.dns_count import count_kind, kind_of, latency_bucket
 from dataplane.kernels.house import kernel
+from dataplane.kernels.rows import Rows
 from dataplane.objects.policies import EGRESS, PortMatch
 from dataplane.policy.chains import (
     DENY,
@@ -27,7 +29,7 @@ from dataplane.policy.chains import (
 from dataplane.tables.names import NameWriter, wire
 from dataplane.tables.names_view import ENDS, NameReader, percentile
 from dataplane.tables.shm import Shm
-from xdp.abi import CONST, value
+from xdp.abi import CONST, DTYPE, value
 
 ALLOWED = word(False, 0, False, 7)
 RESTRICTED = ALLOWED | NAMES | NAMES_ONLY
@@ -46,6 +48,39 @@ def test_a_time_falls_into_the_bucket_that_ends_behind_it(nanoseconds):
     last = len(ENDS) - 1
     assert nanoseconds < ENDS[bucket] or bucket == last
     assert bucket == 0 or nanoseconds >= ENDS[bucket - 1]
+
+
+@kernel
+def _kind(kinds, pod, event, asked, rcode, addresses, cnames, six):
+    count_kind(kinds, pod, kind_of(event, asked, rcode, addresses, cnames, six))
+
+
+EVENTS = [value(f"DNS_EVENT_{kind}") for kind in ("QUERY", "ANSWER", "REFUSED")]
+KINDS = st.tuples(
+    st.sampled_from(EVENTS), st.integers(0, 40), st.integers(0, 15), st.sampled_from([0, 1, 255]),
+    st.sampled_from([0, 255]), st.integers(0, 1),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), KINDS), max_size=300))
+def test_no_message_is_missing_in_the_counts_of_its_kind(messages):
+    """A kind has its own row and the right count, or is counted with all others of its event."""
+    table = np.zeros(2 * CONST["DNS_KINDS"], DTYPE["dns_kind"])
+    wanted = [Counter(), Counter()]
+    for pod, (event, asked, rcode, addresses, cnames, six) in messages:
+        _kind(Rows(table), pod, event, asked, rcode, addresses, cnames, six)
+        words = ((asked, 0), (rcode, 16), (event, 24), (addresses, 32), (cnames, 40), (six, 48))
+        wanted[pod][sum(number << shift for number, shift in words)] += 1
+    for mine, rows in zip(wanted, table.reshape(2, -1), strict=True):
+        found = {key: count for key, count in rows.tolist() if key}
+        assert len(found) == np.count_nonzero(rows["key"]), "a key has one row"
+        left = Counter({key: n - found.pop(key, 0) for key, n in mine.items()})
+        assert all(n == 0 or n == mine[key] for key, n in left.items()), "all of a kind or none"
+        unnamed = Counter()
+        for key, n in left.items():
+            unnamed[CONST["DNS_KIND_OTHER"] | key & 0xFF << 24] += n
+        assert +unnamed == Counter(found)
 
 
 def test_percentiles_are_ends_of_buckets():

@@ -163,46 +163,6 @@ def test_pings_and_their_answers_are_counted_when_both_are_known(shm):
     }
 
 
-def ask(shm, *events, lane=0):
-    """Write DNS events."""
-    for event in events:
-        end = int(shm.dns_notes["events"][lane])
-        row = shm.dns_events[lane, end % CONST["DNS_EVENTS_MAX"]]
-        row["port"], row["type"], row["address_count"], row["cnames"] = 1, 1, 0, 0
-        row["rcode"] = 0
-        for name, number in event.items():
-            row[name] = number
-        row["sequence"] = end + 1
-        shm.dns_notes["events"][lane] = end + 1
-
-
-def test_dns_messages_as_hubble_counts_them(shm):
-    one = collector(shm)
-    query, answer = ({"kind": value(f"DNS_EVENT_{kind}")} for kind in ("QUERY", "ANSWER"))
-    four = {"address_count": 2, "cnames": 1, "lo": [1, 2, 0, 0], "hi": [0] * 4}
-    six = {"type": 28, "address_count": 1, "lo": [1, 0, 0, 0], "hi": [1, 0, 0, 0]}
-    ask(shm, query, query, {**query, "type": 28}, {**answer, **four}, {**answer, **six})
-    ask(shm, {"kind": value("DNS_EVENT_REFUSED"), "rcode": 5}, lane=1)
-    ask(shm, {**answer, "rcode": 3}, {"kind": value("DNS_EVENT_MISSING")}, lane=1)
-    found = counted(one)
-    dns = {key: n for key, n in found.items() if key[0].startswith("dns_")}
-    web = "default/web"
-    assert dns == {
-        ("dns_queries_total", web, "", "", "A", "0"): 2,
-        ("dns_queries_total", web, "", "", "AAAA", "0"): 1,
-        ("dns_queries_total", web, "", "Policy denied", "A", "0"): 1,
-        ("dns_responses_total", "", web, "No Error", "A", "2"): 1,
-        ("dns_responses_total", "", web, "No Error", "AAAA", "1"): 1,
-        ("dns_responses_total", "", web, "Non-Existent Domain", "A", "0"): 1,
-        ("dns_response_types_total", "", web, "A", "A"): 2,
-        ("dns_response_types_total", "", web, "CNAME", "A"): 1,
-        ("dns_response_types_total", "", web, "AAAA", "AAAA"): 1,
-    }
-    shm.dns_notes["events"][0] += CONST["DNS_EVENTS_MAX"] + 7  # overwritten, and all torn
-    lost = counted(one)["lost_events_total", "perf_event_ring_buffer"]
-    assert lost == CONST["DNS_EVENTS_MAX"] + 7
-
-
 def test_what_is_overrun_is_lost_and_counted(shm):
     one = collector(shm)
     shm.event_rings[0]["head"] = CONST["EVENTS_MAX"] + 1000

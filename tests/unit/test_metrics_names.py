@@ -9,7 +9,7 @@ from dataplane.metrics.facts import Owner
 from dataplane.metrics.names import NamesCollector
 from dataplane.tables.names_view import ENDS
 from dataplane.tables.shm import Shm
-from xdp.abi import value
+from xdp.abi import CONST, value
 
 WEB, POD = "default/web", (("source", "default/web"),)
 
@@ -108,3 +108,41 @@ def test_servers_and_the_names_that_are_asked_for_most(collector, monkeypatch):
     monkeypatch.setattr("dataplane.metrics.names.NAMES_SERIES", 1)
     asked = [key for key in samples(collector) if key[0] == "penstock_dns_name_refused_total"]
     assert asked == [("penstock_dns_name_refused_total", ("query", "d."))]
+
+
+def test_messages_as_hubble_counts_them(collector):
+    """Of two lanes; what found no row of its kind is told as other."""
+    shm, (query, answer, refused) = (
+        collector._reader.shm,
+        map(value, ("DNS_EVENT_QUERY", "DNS_EVENT_ANSWER", "DNS_EVENT_REFUSED")),
+    )
+    other = CONST["DNS_KIND_OTHER"]
+    rows = {
+        0: [
+            (1 | query << 24, 2), (28 | query << 24, 1), (other | query << 24, 7),
+            (1 | answer << 24 | 2 << 32 | 1 << 40, 1), (28 | answer << 24 | 1 << 32 | 1 << 48, 1),
+        ],
+        1: [(1 | query << 24, 1), (1 | 5 << 16 | refused << 24, 1), (1 | 3 << 16 | answer << 24, 4),
+            (other | answer << 24, 9)],
+    }  # fmt: skip
+    for lane, kinds in rows.items():
+        for n, (key, count) in enumerate(kinds):
+            shm.dns_kinds[lane, 5, n * 3] = key, count
+    found = {
+        (name.removeprefix("hubble_dns_"), *(word for _, word in labels)): n
+        for (name, *labels), n in samples(collector).items()
+        if name.startswith("hubble_dns_")
+    }
+    assert found == {  # destination, number of addresses, type, rcode or type of records, source
+        ("queries_total", "", "0", "A", "", WEB): 3,
+        ("queries_total", "", "0", "AAAA", "", WEB): 1,
+        ("queries_total", "", "0", "other", "", WEB): 7,
+        ("queries_total", "", "0", "A", "Policy denied", WEB): 1,
+        ("responses_total", WEB, "2", "A", "No Error", ""): 1,
+        ("responses_total", WEB, "1", "AAAA", "No Error", ""): 1,
+        ("responses_total", WEB, "0", "A", "Non-Existent Domain", ""): 4,
+        ("responses_total", WEB, "0", "other", "", ""): 9,
+        ("response_types_total", WEB, "A", "", "A"): 2,
+        ("response_types_total", WEB, "A", "", "CNAME"): 1,
+        ("response_types_total", WEB, "AAAA", "", "AAAA"): 1,
+    }
