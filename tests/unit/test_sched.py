@@ -33,11 +33,15 @@ def test_a_thread_gets_short_slices_and_others_do_not():
 
 
 def test_who_defers_gives_way(monkeypatch):
-    def asked() -> tuple[int, int]:
+    def asked() -> tuple[int, int, str]:
         sched.defer()
-        return os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)
+        said = Path(f"/proc/self/task/{threading.get_native_id()}/sched").read_text()
+        return os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), said
 
-    assert _in_a_thread(asked) == (os.SCHED_BATCH, max(sched.DEFERRED, os.getpriority(0, 0)))
+    *found, said = _in_a_thread(asked)
+    assert found == [os.SCHED_BATCH, max(sched.DEFERRED, os.getpriority(0, 0))]
+    if "se.slice" in said:
+        assert re.search(rf"se\.slice\s*:\s*{sched.DEFERRED_NS}\b", said)
     assert os.sched_getscheduler(0) == os.SCHED_OTHER, "others go on as before"
     monkeypatch.setattr(sched, "SET_ATTR", {})
     assert _in_a_thread(asked)[0] == os.SCHED_OTHER
