@@ -7,8 +7,9 @@ Theory. Two pods of one node; the server is dnsmasq with fixed answers, so it is
 and fast. All may run on all cores: a daemon on a core of its own would wait there while others are
 free. The rate is dnsperf's at full load. Latency is taken at one rate for all, half of the slowest
 full rate, query by query (dnsperf -v), since its summary has no percentiles. On a machine with
-other work a p99 is that work's: so besides the median of all turns there is the quietest turn of
-each subject, which is the nearest to a machine of one's own. Penstock is measured plain, and with a
+other work a p99 is that work's, and in a turn of one second that of its first messages, which open
+flows: so turns are longer, and besides the median of all there is the quietest turn of each
+subject, which is the nearest to a machine of one's own. Penstock is measured plain, and with a
 policy by names for the client, where every query is judged and every answer teaches.
 """
 
@@ -162,7 +163,7 @@ def table(found: dict[str, dict[str, list[float]]]) -> Iterator[str]:
 
 @click.command()
 @click.option("--runs", default=15, show_default=True, help="Turns of each subject.")
-@click.option("--seconds", default=1, show_default=True, help="Of each turn.")
+@click.option("--seconds", default=2, show_default=True, help="Of each turn.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Where results go too.")
 def main(runs: int, seconds: int, path: Path | None) -> None:
     """Measure, print medians, what was added to the kernel's, and the quietest turns."""

@@ -6,8 +6,8 @@ refused goes on as before.
 Theory. Linux' scheduler (EEVDF, since 6.6) runs the thread whose deadline is next, which is a slice
 ahead of its share. With a short slice (sched_setattr(2), since 6.12) a thread that wakes does not
 wait for the end of other threads' long ones; with a long one it is what others need not wait for:
-whoever wakes has a shorter one and gets the core at once, and the share stays what it was. What the kernel forwards by itself needs none of this:
-it runs in the sender's or the interrupt's time.
+whoever wakes has a shorter one and gets the core at once, and the share stays what it was. What the
+kernel forwards by itself needs none of this: it runs in the sender's or the interrupt's time.
 """
 
 import os

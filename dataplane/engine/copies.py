@@ -5,9 +5,9 @@ Rule: nobody waits for this thread, so it never takes a core from somebody who w
 Theory. A message is forwarded in the time of its sender; what is left is counting, which may come
 milliseconds later (kernels/dns_copies.py). The thread looks into the ring every LOOK_MS as long as
 copies come, and reads many at a time: what one needs in the caches the next one finds there, which
-halves what it costs. Whoever wakes meanwhile takes its core (xdp/sched.py). When none have come twice it sleeps until
-the next one wakes it: `dns_wake` asks the programs for that, one turn before it sleeps long, so
-that none comes unseen in between.
+halves what it costs. Whoever wakes meanwhile takes its core (xdp/sched.py). When none have come
+twice it sleeps until the next one wakes it: `dns_wake` asks the programs for that, one turn before
+it sleeps long, so that none comes unseen in between.
 """
 
 import os
