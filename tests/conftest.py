@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import bench  # noqa: F401 - before anybody imports gRPC
+
 ROOT = Path(__file__).resolve().parents[1]
 CAP_NET_ADMIN = 12
 CAP_SYS_ADMIN = 21

@@ -162,7 +162,10 @@ class Map:
         """Return the array's memory as dtype[max_entries]; the map must be BPF_F_MMAPABLE."""
         stride = -(-self.value_size // 8) * 8
         if dtype.itemsize != stride:
-            raise ValueError(f"map {self.name}: {dtype.itemsize} bytes a value, must be {stride}")
+            raise ValueError(
+                f"map {self.name} has {stride} bytes a value, {dtype.itemsize} are expected: its "
+                "BPF object is of other sources: run `make build`"
+            )
         size = -(-stride * self.max_entries // 4096) * 4096
         return np.frombuffer(_memory(self, size, 0, BOTH), dtype, self.max_entries)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from xdp.errors import KernelError, VerifierError
+from xdp.errors import KernelError, VerifierError, XdpError
 from xdp.libbpf import ffi, lib, text
 from xdp.maps import Map
 
@@ -54,6 +54,19 @@ class Program:
         return int(found[0]) if found else 0
 
 
+class Maps(dict[str, Map]):
+    """The maps of an object, by name; who asks for one that it has not is told why."""
+
+    def __init__(self, path: Path, maps: Mapping[str, Map]) -> None:
+        """path: of the file."""
+        super().__init__(maps)
+        self._path = path
+
+    def __missing__(self, name: str) -> Map:
+        """Raise XdpError."""
+        raise XdpError(f"{self._path} has no map {name}: it is of other sources: run `make build`")
+
+
 class BpfObject:
     """A loaded object: owner of its programs and maps until `close`."""
 
@@ -85,7 +98,7 @@ class BpfObject:
                 raise VerifierError(spec.path.name, code, log)
             raise KernelError(f"loading {spec.path}", code)
         self.programs = {program.name: program for program in self._programs()}
-        self.maps = {entry.name: entry for entry in self._maps()}
+        self.maps = Maps(spec.path, {entry.name: entry for entry in self._maps()})
 
     def _settle(self, sizes: Mapping[str, int], taken: Mapping[str, int]) -> int:
         """Say of some maps how large they are, or that they are there; a negative errno: no."""

@@ -114,7 +114,8 @@ def of_times(ports: Sequence[Port], group: int) -> dict[str, Any]:
     rows = [port.times[group] for port in ports]
     timed = sum(int(row["timed"]) for row in rows)
     place = slice(group * TIME_BUCKETS, (group + 1) * TIME_BUCKETS)
-    whole = Histogram.of_buckets(sum(port.buckets[place] for port in ports), SUB_BITS)
+    counts = np.sum([port.buckets[place] for port in ports], axis=0)
+    whole = Histogram.of_buckets(counts, SUB_BITS)
     least = [int(row["least_ns"]) for row in rows if row["timed"]]
     most = max(int(row["most_ns"]) for row in rows) / 1000
     return {

@@ -7,9 +7,9 @@ Theory. Latency goes into buckets, four an octave (as HDR histograms), from a mi
 minutes: a percentile is right within an eighth, costs one addition, and adds up over workers. A
 pod's row begins anew when its port is another pod's. Messages that are alike in all that Hubble's
 metrics ask for (type, rcode, records) are one row of a small table of the pod, which is exact where
-a reader of events would miss some. Servers have rows by address in a small table,
-first come; beyond it all others share the last row. An event is written around its `sequence`, 0
-meanwhile, so a reader can tell whether it was overwritten under his eyes.
+a reader of events would miss some. Servers have rows by address in a small table, first come;
+beyond it all others share the last row. An event is written around its `sequence`, 0 meanwhile, so
+a reader can tell whether it was overwritten under his eyes.
 """
 
 import numpy as np
@@ -38,14 +38,7 @@ assert _fields is not None
 EVENT_TEXT = int(_fields["text"][1])
 KINDS, KIND = CONST["DNS_KINDS"], DTYPE["dns_kind"].itemsize
 KIND_OTHER = CONST["DNS_KIND_OTHER"]
-TYPE_SHIFT, RCODE_SHIFT, KIND_SHIFT, ADDRESSES_SHIFT, CNAMES_SHIFT, SIX_SHIFT = (
-    0,
-    16,
-    24,
-    32,
-    40,
-    48,
-)
+RCODE_SHIFT, KIND_SHIFT, ADDRESSES_SHIFT, CNAMES_SHIFT, SIX_SHIFT = 16, 24, 32, 40, 48
 EVENTS = value("DNS_EVENT_REFUSED")  # those that have kinds are 1..3
 MIX_A, MIX_B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 SHIFT = np.uint64(32)

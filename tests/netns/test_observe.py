@@ -85,15 +85,25 @@ def test_an_allowed_connection_names_pods_service_and_policy(world, family):
 
 
 def test_its_end_has_all_bytes(world):
+    node, mine = world.nodes[0], ("--ip", world.web.addresses[4])
     assert _fetch(world.web, f"http://{VIP[4]}/")
-    world.nodes[0].command("ct", "flush", "--ip", world.web.addresses[4])
+
+    def closed() -> (
+        dict | None
+    ):  # curl's FIN passes the worker, which may be later than curl's end
+        (newest,) = node.ask("ct", "list", *mine, "--protocol", "tcp", "--last", "1")
+        return newest if newest["state"] == "closed" else None
+
+    port = eventually(closed, "the last packet")["source_port"]
+    node.command("ct", "flush", *mine)
 
     def ended():
         words = ("--from-pod", "shop/web", "-4", "--type", "trace", "--last", "1000")
         found = observed(world, *words)
-        return [flow for flow in found if flow["extensions"]["event"] == "end"]
+        ends = [flow for flow in found if flow["extensions"]["event"] == "end"]
+        return [flow for flow in ends if flow["l4"].get("TCP", {}).get("source_port") == port]
 
-    flow = eventually(ended, "the end")[-1]
+    (flow,) = eventually(ended, "the end")
     more = flow["extensions"]
     assert int(more["packets"]) >= 4
     assert int(more["reply_bytes"]) > 200

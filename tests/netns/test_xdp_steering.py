@@ -15,6 +15,7 @@ from scapy.packet import Raw
 from tests.netns.wire import Wire
 from xdp import artifacts
 from xdp.abi import DTYPE
+from xdp.errors import XdpError
 from xdp.object import BpfObject, ObjectSpec
 from xdp.run import prog_run
 from xdp.umem import Umem
@@ -101,6 +102,13 @@ def world(shared):
 def tunnel(target: str, port: int = PORT, ether=None):
     ip = IPv6(dst=target) if ":" in target else IP(dst=target)
     return (ether or Ether(dst=MAC)) / ip / UDP(sport=50000, dport=port) / Raw(b"inner")
+
+
+def test_an_object_of_other_sources_says_so(shared):
+    with pytest.raises(XdpError, match=r"penstock\.bpf\.o has no map copies: .*`make build`"):
+        shared.bpf.maps["copies"]
+    with pytest.raises(ValueError, match=r"map steering has \d+ bytes a value, 8 .*`make build`"):
+        shared.bpf.maps["steering"].mmap(np.dtype("<u8"))
 
 
 @pytest.mark.parametrize("target", LOCALS)
