@@ -88,9 +88,7 @@ def test_its_end_has_all_bytes(world):
     node, mine = world.nodes[0], ("--ip", world.web.addresses[4])
     assert _fetch(world.web, f"http://{VIP[4]}/")
 
-    def closed() -> (
-        dict | None
-    ):  # curl's FIN passes the worker, which may be later than curl's end
+    def closed() -> dict | None:  # curl's FIN passes the worker, which may be later than curl's end
         (newest,) = node.ask("ct", "list", *mine, "--protocol", "tcp", "--last", "1")
         return newest if newest["state"] == "closed" else None
 
