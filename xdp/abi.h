@@ -113,7 +113,13 @@
 #define DNS_READER 18
 #define DNS_SERVERS_MAX 64           /* servers that a worker counts apart, the last one: all others */
 #define DNS_KINDS 64                 /* kinds of messages that a pod has counted apart; the last three: all others */
-#define DNS_KIND_OTHER 562949953421312 /* struct dns_kind: this is the row of all others */
+#define DNS_KIND_TYPE 0               /* struct dns_kind's key: lowest bits of what a kind is of; 16 bits of type */
+#define DNS_KIND_RCODE 16            /* 8 */
+#define DNS_KIND_EVENT 24            /* 8: enum dns_event_kind */
+#define DNS_KIND_ADDRESSES 32        /* 8: of an answer */
+#define DNS_KIND_CNAMES 40           /* 8 */
+#define DNS_KIND_SIX 48              /* 1: the addresses are IPv6 */
+#define DNS_KIND_OTHER 562949953421312 /* bit 49: this is the row of all others */
 #define DNS_EVENTS_MAX 8192          /* events that a worker keeps */
 #define DNS_EVENT_ADDRESSES 4
 #define DNS_COPIES 4194304           /* bytes of the ring of copies that the flow table makes */
@@ -783,10 +789,9 @@ struct dns_counter {
   __u64 reserved1[3];
 };
 
-/* How many messages of a pod are alike. The key, from its lowest bit: 16 of the type, 8 each of the rcode,
- * enum dns_event_kind, addresses and CNAMEs of an answer, 1 of IPv6, DNS_KIND_OTHER. 0: nobody's row. */
+/* How many messages of a pod are alike. */
 struct dns_kind {
-  __u64 key;
+  __u64 key;                     /* DNS_KIND_*; 0: nobody's row */
   __u64 count;
 };
 

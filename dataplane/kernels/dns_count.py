@@ -38,12 +38,14 @@ assert _fields is not None
 EVENT_TEXT = int(_fields["text"][1])
 KINDS, KIND = CONST["DNS_KINDS"], DTYPE["dns_kind"].itemsize
 KIND_OTHER = CONST["DNS_KIND_OTHER"]
-RCODE_SHIFT, KIND_SHIFT, ADDRESSES_SHIFT, CNAMES_SHIFT, SIX_SHIFT = 16, 24, 32, 40, 48
+TYPE_AT, RCODE_AT, EVENT_AT, ADDRESSES_AT, CNAMES_AT, SIX_AT = (
+    CONST[f"DNS_KIND_{name}"] for name in ("TYPE", "RCODE", "EVENT", "ADDRESSES", "CNAMES", "SIX")
+)
 EVENTS = value("DNS_EVENT_REFUSED")  # those that have kinds are 1..3
 MIX_A, MIX_B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 SHIFT = np.uint64(32)
 ONE = np.uint64(1)
-LOOKS = 8  # rows of servers, of kinds, that a lookup may touch
+LOOKS = 8  # rows of servers that a lookup may touch
 
 TYPE_OTHER, TYPE_A, TYPE_AAAA = (value(f"DNS_TYPE_{name}") for name in ("OTHER", "A", "AAAA"))
 TYPE_CNAME, TYPE_PTR, TYPE_SRV = (value(f"DNS_TYPE_{name}") for name in ("CNAME", "PTR", "SRV"))
@@ -104,7 +106,7 @@ def count_kind(kinds, pod, key):
     """Count a message of a pod. kinds: Rows of dns_kind; key: as of `kind_of`."""
     first = kinds.address + pod * KINDS * KIND
     h = np.int64((np.uint64(key) * MIX_A) >> SHIFT)
-    for n in range(LOOKS):
+    for n in range(KINDS - EVENTS):
         row = first + (h + n) % (KINDS - EVENTS) * KIND
         stands = load64(row)
         if stands == key:
@@ -114,17 +116,17 @@ def count_kind(kinds, pod, key):
             store64(row + 8, 1)
             store64_release(row, key)
             return
-    event = key >> KIND_SHIFT & 0xFF
+    event = key >> EVENT_AT & 0xFF
     row = first + (KINDS - event) * KIND
     store64(row + 8, load64(row + 8) + 1)
-    store64_release(row, KIND_OTHER | event << KIND_SHIFT)
+    store64_release(row, KIND_OTHER | event << EVENT_AT)
 
 
 @inline
 def kind_of(event, asked, rcode, addresses, cnames, six):
     """Key of struct dns_kind. event: enum dns_event_kind; asked: type; six: 1: IPv6."""
-    key = asked | rcode << RCODE_SHIFT | event << KIND_SHIFT
-    return key | addresses << ADDRESSES_SHIFT | cnames << CNAMES_SHIFT | six << SIX_SHIFT
+    key = asked << TYPE_AT | rcode << RCODE_AT | event << EVENT_AT
+    return key | addresses << ADDRESSES_AT | cnames << CNAMES_AT | six << SIX_AT
 
 
 @outline

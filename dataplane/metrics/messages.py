@@ -16,7 +16,12 @@ from dataplane.tables.names_view import rcode_name, type_name
 from xdp.abi import CONST, value
 
 QUERY, ANSWER, REFUSED = (value(f"DNS_EVENT_{kind}") for kind in ("QUERY", "ANSWER", "REFUSED"))
-BITS = (16, 8, 8, 8, 8, 1)  # of a key: type, rcode, kind, addresses, CNAMEs, IPv6
+FIELDS = tuple(
+    (CONST[f"DNS_KIND_{name}"], (1 << bits) - 1)
+    for name, bits in (
+        ("TYPE", 16), ("RCODE", 8), ("EVENT", 8), ("ADDRESSES", 8), ("CNAMES", 8), ("SIX", 1),
+    )
+)  # fmt: skip
 OTHER = "other"  # as a type, in Hubble's metrics: of the messages that are counted together
 RCODES = {
     "NOERROR": "No Error", "FORMERR": "Format Error", "SERVFAIL": "Server Failure",
@@ -36,10 +41,8 @@ def families(kinds: Mapping[str, Mapping[int, int]]) -> Iterator[Metric]:
     records: Counter[tuple[str, ...]] = Counter()
     for pod, counts in kinds.items():
         for key, count in counts.items():
-            fields, asked = _fields(key), OTHER
-            kind, rcode, event, addresses, cnames, six = fields
-            if not key & CONST["DNS_KIND_OTHER"]:
-                asked = type_name(kind)
+            kind, rcode, event, addresses, cnames, six = (key >> at & most for at, most in FIELDS)
+            asked = OTHER if key & CONST["DNS_KIND_OTHER"] else type_name(kind)
             if event in (QUERY, REFUSED):
                 said = DENIED if event == REFUSED else ""
                 queries[pod, "", said, asked, "0"] += count
@@ -59,11 +62,3 @@ def families(kinds: Mapping[str, Mapping[int, int]]) -> Iterator[Metric]:
         for values, count in found.items():
             family.add_metric(list(values), count)
         yield family
-
-
-def _fields(key: int) -> list[int]:
-    found = []
-    for bits in BITS:
-        found.append(key & (1 << bits) - 1)
-        key >>= bits
-    return found

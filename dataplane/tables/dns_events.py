@@ -32,10 +32,10 @@ def span(ring: np.ndarray, first: int, end: int) -> list[np.ndarray]:
 class DnsEvents:
     """A place in every lane."""
 
-    def __init__(self, shm: Shm, behind: int = SIZE) -> None:
-        """Begin with the last `behind` events of each lane that are still there."""
+    def __init__(self, shm: Shm) -> None:
+        """Begin with the oldest event of each lane that is still there."""
         self._shm = shm
-        self._next = [max(0, int(end) - behind) for end in shm.dns_notes["events"]]
+        self._next = [max(0, int(end) - SIZE) for end in shm.dns_notes["events"]]
         self.lost = self.left_out = 0
 
     def read(self, most: int = ALL, always: int = -1) -> np.ndarray:

@@ -7,6 +7,7 @@ import dns.message
 import dns.rcode
 import pytest
 
+from dataplane.metrics.messages import families
 from dataplane.tables.names import NamingOptions
 from tests import worlds as w
 from tests.dns_world import (
@@ -282,6 +283,31 @@ def test_missing_answers_and_retries_are_counted(story):
     assert story.tell(NAME, f"A {STORE[4]}").sent, "a late answer still fits"
     assert story.reaches(STORE[4])
     assert story.reader.name(NAME)["missing"] == 1
+
+
+def test_messages_are_counted_by_kind_as_hubble_has_them(story):
+    story.learn(NAME, f"A {STORE[4]}", f"A {ELSEWHERE[4]}")
+    story.ask(NAME, "AAAA", 8)
+    story.tell(NAME, f"CNAME a.{NAME}.", f"a.{NAME}. AAAA {STORE[6]}", kind="AAAA", identifier=8)
+    story.ask(NAME, "AAAA", 9)
+    story.tell(NAME, kind="AAAA", identifier=9, rcode=3)
+    story.ask("example.org", identifier=10)
+    found = {
+        (metric.name.removeprefix("hubble_dns_"), *sample.labels.values()): sample.value
+        for metric in families({"genai": story.reader.kinds()[1]})
+        for sample in metric.samples
+    }
+    assert found == {  # source, destination, rcode or type of records, type, number of addresses
+        ("queries", "genai", "", "", "A", "0"): 1,
+        ("queries", "genai", "", "", "AAAA", "0"): 2,
+        ("queries", "genai", "", "Policy denied", "A", "0"): 1,
+        ("responses", "", "genai", "No Error", "A", "2"): 1,
+        ("responses", "", "genai", "No Error", "AAAA", "1"): 1,
+        ("responses", "", "genai", "Non-Existent Domain", "AAAA", "0"): 1,
+        ("response_types", "", "genai", "A", "A"): 2,
+        ("response_types", "", "genai", "AAAA", "AAAA"): 1,
+        ("response_types", "", "genai", "CNAME", "AAAA"): 1,
+    }
 
 
 def test_latency_is_counted_for_pod_and_server(story):
